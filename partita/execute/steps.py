@@ -201,7 +201,7 @@ class StepRunner:
         placed_batch = step.planned.place_batch(batch)
         with together("a step"), uninterrupted():
             if not self.is_placed(state) or step is not self.running:
-                state = self._placed(_unshared(state, batch), step)
+                state = self._placed(unshared(state, batch), step)
                 self._on_state(state)
             outputs, state = step.program(state, placed_batch)
             self.running = step
@@ -507,7 +507,7 @@ def _compiled_shares(step: Any) -> tuple[Any, Any]:
     return step, replace(step, planned=shared, program=program)
 
 
-def _unshared(state: Any, batch: Any) -> Any:
+def unshared(state: Any, batch: Any) -> Any:
     """The state, with a copy of every array that it holds twice or that the batch holds too.
 
     A step frees the arrays of its old state. Weights that start as a target network's or as their

@@ -47,7 +47,8 @@ def capture_training(
 
     if devices > 1:
         data = jax.tree.map(lambda shape: _stacked(shape, devices), _with_one_message(data))
-    model.optimizer.build(model.trainable_variables)
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
     state = jax.tree.map(_shape, state_of(model))
     with bridge.symbolic():
         return capture_step(

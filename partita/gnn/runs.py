@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from partita.execute import process_arrays, processes
+from partita.execute.steps import unshared
 from partita.gnn.kernels import stamp
 from partita.gnn.prepare import PreparedGraph, fits, resplit
 from partita.gnn.split.learned import Balance
@@ -38,7 +39,7 @@ class TrainingRun(ABC):
 
     def state(self) -> StepState:
         """The model's variables where the steps read them."""
-        return on_all_devices(state_of(self.model), self.prepared.devices)
+        return on_all_devices(unshared(state_of(self.model), ()), self.prepared.devices)
 
     def store(self, state: StepState) -> None:
         """Puts a state back into the model's variables."""

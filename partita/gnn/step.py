@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import keras
 from jax.sharding import NamedSharding, PartitionSpec
+from keras.src.backend import get_keras_mask
 
 from partita.errors import GraphError
 from partita.execute import process_arrays
 from partita.gnn.kernels.bridge import step_options
 from partita.gnn.nn.block import AXIS, recorded_calls
 from partita.gnn.prepare import GraphData, PreparedGraph, mesh_of
+from partita.gnn.trials import check_loss, check_metrics
 
 PROGRAMS = 64
 """Programs of a step, for data of different shapes, after which all of them are dropped."""
@@ -66,13 +68,40 @@ def loss_sum(model: Any, predicted: Any, data: GraphData, mask: str, importance:
     one value per vertex.
     """
     check_output(model, predicted)
-    loss: Any = keras.losses.get(model.loss)
-    function = loss.call if isinstance(loss, keras.losses.Loss) else loss
     # A loss may have no gradient at the rows of other vertices, and 0 times NaN is NaN.
     counts = (data.masks[mask] > 0).reshape(-1, *[1] * (predicted.ndim - 1))
     safe = jnp.where(counts, predicted.astype(jnp.float32), 0.5)
+    values, counted = _loss_values(model, safe, data, mask)
+    check_loss(*_loss_function(model), labels_like(predicted, data), predicted)
+    if importance is not None:
+        values = values * importance
+    return jnp.where(counted, values, 0).sum()
+
+
+def loss_divisor(
+    model: Any, predicted: Any, data: GraphData, mask: str, importance: Any = None
+) -> Any:
+    """The number that divides the sum of the loss of all devices, a scalar.
+
+    By Keras's reductions: the vertices of the mask that the loss does not ignore, or the sum of
+    their `importance`, or 1. `predicted` tells the shape of the output alone.
+    """
+    _, counted = _loss_values(model, jnp.full(predicted.shape, 0.5, jnp.float32), data, mask)
+    reduction = getattr(keras.losses.get(model.loss), "reduction", "sum_over_batch_size")
+    if reduction == "sum":
+        return jnp.ones(())
+    weights = jnp.ones(counted.shape, jnp.float32)
+    if reduction == "mean_with_sample_weight" and importance is not None:
+        weights = importance
+    total = data.block.sum_over_devices(jnp.where(counted, weights, 0).sum())
+    return jnp.where(total > 0, total, 1)
+
+
+def _loss_values(model: Any, predicted: Any, data: GraphData, mask: str) -> tuple[Any, Any]:
+    """([rows] the loss of each vertex, bool [rows] whether it counts)."""
+    loss, function = _loss_function(model)
     try:
-        values = function(labels_like(predicted, data), safe)
+        values = function(labels_like(predicted, data), predicted)
     except ValueError as error:
         raise GraphError(
             f"The loss cannot be computed for labels {list(data.labels.shape)} and outputs "
@@ -85,9 +114,15 @@ def loss_sum(model: Any, predicted: Any, data: GraphData, mask: str, importance:
             f"{list(data.labels.shape)} and outputs {list(predicted.shape)}: use a loss with one "
             "value per vertex, and a model with an output for each target (classes=)."
         )
-    if importance is not None:
-        values = values * importance
-    return jnp.where(data.masks[mask] > 0, values, 0).sum()
+    counted = data.masks[mask] > 0
+    unignored = get_keras_mask(values)
+    return values, counted if unignored is None else counted & unignored
+
+
+def _loss_function(model: Any) -> tuple[Any, Any]:
+    """(the loss, its values for labels and outputs)."""
+    loss: Any = keras.losses.get(model.loss)
+    return loss, loss.call if isinstance(loss, keras.losses.Loss) else loss
 
 
 def check_output(model: Any, predicted: Any) -> None:
@@ -107,15 +142,21 @@ def labels_like(predicted: Any, data: GraphData) -> Any:
     return labels[:, None] if labels.ndim == 1 and predicted.shape[-1] == 1 else labels
 
 
-def build_metrics(model: Any, data: GraphData, predicted: Any) -> None:
-    """Makes the variables of the metrics if there are none yet."""
+def build_metrics(model: Any, data: GraphData, predicted: Any, splits: bool) -> None:
+    """Makes the variables of the metrics if there are none yet.
+
+    GraphError for metrics that cannot count the vertices of a mask, in parts if it `splits`.
+    """
     metrics = model._compile_metrics
-    if metrics is not None and not metrics.built:
-        labels = labels_like(predicted, data)
+    if metrics is None:
+        return
+    labels = labels_like(predicted, data)
+    if not metrics.built:
         metrics.build(labels, predicted)
         # Some metrics, as F1 scores, make theirs when they are updated.
         with keras.StatelessScope():
             metrics.update_state(labels, predicted)
+    check_metrics(metrics, partial(_counts_of, model), labels, predicted, splits)
 
 
 def zero_counts(model: Any) -> list[Any]:
@@ -128,13 +169,31 @@ def zero_counts(model: Any) -> list[Any]:
 
 def metric_counts(model: Any, predicted: Any, data: GraphData, mask: str) -> list[Any]:
     """The metrics' variables over the vertices of a mask; those of several sets add up."""
-    metrics = model._compile_metrics
-    if metrics is None:
+    if model._compile_metrics is None:
         return []
+    weights = data.masks[mask]
+    labels = _ordinary_outside(weights, labels_like(predicted, data))
+    return _counts_of(model, labels, _ordinary_outside(weights, predicted), weights)
+
+
+def _ordinary_outside(weights: Any, rows: Any) -> Any:
+    """Rows with ordinary numbers where the weight is 0; classes stay.
+
+    Padding is constant, a correlation with it is not a number, and 0 times that is none either.
+    """
+    if not jnp.issubdtype(rows.dtype, jnp.floating):
+        return rows
+    ordinary = jnp.linspace(0.25, 0.75, rows.shape[-1]).astype(rows.dtype)
+    counts = (weights > 0).reshape(-1, *[1] * (rows.ndim - 1))
+    return jnp.where(counts, rows, ordinary if rows.ndim > 1 else 0.5)
+
+
+def _counts_of(model: Any, labels: Any, predicted: Any, weights: Any) -> list[Any]:
+    """The metrics' variables over rows with their weights."""
+    metrics = model._compile_metrics
     zeros = list(zip(metrics.variables, zero_counts(model), strict=True))
     with keras.StatelessScope(state_mapping=zeros):
-        labels = labels_like(predicted, data)
-        metrics.update_state(labels, predicted, sample_weight=data.masks[mask])
+        metrics.update_state(labels, predicted, sample_weight=weights)
         return [variable.value for variable in metrics.variables]
 
 
@@ -144,14 +203,16 @@ def logs_of(model: Any, loss: Any, counts: Sequence[Any]) -> dict[str, Any]:
     if metrics is None:
         return {"loss": loss}
     with keras.StatelessScope(state_mapping=list(zip(metrics.variables, counts, strict=True))):
-        return {"loss": loss, **metrics.result()}
+        results = metrics.result()
+        # A result may be a variable of its metric.
+        return {"loss": loss} | {k: keras.ops.convert_to_tensor(v) for k, v in results.items()}
 
 
 def _logs_over_devices(
     model: Any, loss: Any, predicted: Any, data: GraphData, mask: str
 ) -> dict[str, Any]:
     """Loss and metrics by name, of the loss of all devices and this device's predicted rows."""
-    build_metrics(model, data, predicted)
+    build_metrics(model, data, predicted, splits=data.block.parts > 1)
     counts = metric_counts(model, predicted, data, mask)
     return logs_of(model, loss, [data.block.sum_over_devices(count) for count in counts])
 
@@ -161,7 +222,8 @@ def _logs_over_devices(
 
 def train_step(model: Any, aggregations: int, state: StepState, data: GraphData) -> Any:
     """(logs, state after) of one step over the training mask, as `differentiated` computes it."""
-    gradients, value, predicted, others = differentiated(model, aggregations, state, data)
+    scale = loss_scale(model, state.optimizer)
+    gradients, value, predicted, others = differentiated(model, aggregations, state, data, scale)
     trainable, optimizer = model.optimizer.stateless_apply(
         state.optimizer, gradients, state.trainable
     )
@@ -169,26 +231,36 @@ def train_step(model: Any, aggregations: int, state: StepState, data: GraphData)
     return logs, StepState(trainable, others, optimizer)
 
 
+def loss_scale(model: Any, optimizer: Sequence[Any]) -> Any:
+    """The factor by which an optimizer of these values expects the gradients, a scalar.
+
+    It is 1 but for loss scaling, which keeps gradients in the range of float16.
+    """
+    values = list(zip(model.optimizer.variables, optimizer, strict=True))
+    with keras.StatelessScope(state_mapping=values):
+        return model.optimizer.scale_loss(jnp.ones(()))
+
+
 def differentiated(
-    model: Any, aggregations: int, state: StepState, data: GraphData
+    model: Any, aggregations: int, state: StepState, data: GraphData, scale: Any = 1.0
 ) -> tuple[Any, Any, Any, Any]:
     """(gradients, loss, this device's output, other variables after) over the training mask.
 
     Each device differentiates its own vertices' share of the loss. The exchange of rows takes
     gradients back to the devices that the rows came from. `aggregations`: their number, which tells
-    the last ones.
+    the last ones. `scale` multiplies the gradients.
     """
     trainable, others, _ = state
-    count = data.block.sum_over_devices(data.masks["train"].sum())
 
     def loss(trainable: Any) -> Any:
         with recorded_calls(aggregations):
             predicted, others_after, penalties = model.stateless_call(
                 trainable, others, data.x, graph=data.block, training=True, return_losses=True
             )
-        value = loss_sum(model, predicted, data, "train", data.importance) / count
-        penalty = sum(penalties) / data.block.parts
-        return value + penalty, (value + penalty, predicted, others_after)
+        total = loss_sum(model, predicted, data, "train", data.importance)
+        value = total / loss_divisor(model, predicted, data, "train", data.importance)
+        value = value + sum(penalties) / data.block.parts
+        return scale * value, (value, predicted, others_after)
 
     gradients, (value, predicted, others) = jax.grad(loss, has_aux=True)(trainable)
     gradients, value = data.block.sum_over_devices((gradients, value))
@@ -200,9 +272,9 @@ def evaluation_step(model: Any, mask: str, state: StepState, data: GraphData) ->
     predicted, _, penalties = model.stateless_call(
         state.trainable, state.others, data.x, graph=data.block, training=False, return_losses=True
     )
-    sums = (loss_sum(model, predicted, data, mask), data.masks[mask].sum())
-    total, count = data.block.sum_over_devices(sums)
-    return _logs_over_devices(model, total / count + sum(penalties), predicted, data, mask)
+    total = data.block.sum_over_devices(loss_sum(model, predicted, data, mask))
+    loss = total / loss_divisor(model, predicted, data, mask) + sum(penalties)
+    return _logs_over_devices(model, loss, predicted, data, mask)
 
 
 def prediction_step(model: Any, state: StepState, data: GraphData) -> Any:

@@ -17,7 +17,7 @@ import keras
 import numpy as np
 
 from partita.errors import GraphError, PartitaError
-from partita.gnn.data.arrays import MASKS, as_count
+from partita.gnn.data.arrays import MASKS, as_array, as_count, as_ids
 from partita.gnn.data.graph import Graph
 from partita.gnn.importance import importance_of
 from partita.gnn.prepare import Split, all_devices
@@ -86,7 +86,16 @@ class FullGraphTraining:
                 "loss_weights would be ignored: a graph has one loss. Use "
                 "fit(vertex_weight=...) or fit(class_weight=...)."
             )
+        if named.get("run_eagerly"):
+            raise GraphError(
+                "run_eagerly would be ignored: a step over a graph is compiled. Remove it, or call "
+                "model(features, graph=graph) to look at values."
+            )
         _check_steps(type(self))
+        _check_of_one_output("loss", loss, (list, tuple, dict))
+        _check_of_one_output("metrics", metrics, dict)
+        _check_of_one_output("weighted_metrics", weighted_metrics, dict)
+        _check_reduction(loss)
         masked = [*(metrics or []), *(weighted_metrics or [])]
         keras_model: Any = super()
         keras_model.compile(optimizer, loss, weighted_metrics=masked or None, **named)
@@ -167,6 +176,9 @@ class FullGraphTraining:
             shares_state=bool(callbacks),
             validation_freq=validation_freq if validates else 0,
         )
+        if epochs:
+            # Averages of the weights take their place, as at the end of Keras's fit.
+            model.optimizer.finalize_variable_values(model.trainable_variables)
         callback_list.on_train_end(logs)
         return model.history
 
@@ -253,7 +265,19 @@ class FullGraphTraining:
         rows = run.predict(run.state())
         if getattr(self, "readout", None) is not None:
             rows = rows[graph.first_members]
-        return rows if vertices is None else rows[np.asarray(vertices)]
+        return rows if vertices is None else rows[_numbers_of_rows(vertices, len(rows))]
+
+    def train_on_batch(self, *arguments: Any, **options: Any) -> Any:
+        """GraphError: a graph is no batch."""
+        raise _without_batches("train_on_batch", "fit(graph)")
+
+    def test_on_batch(self, *arguments: Any, **options: Any) -> Any:
+        """GraphError: a graph is no batch."""
+        raise _without_batches("test_on_batch", "evaluate(graph)")
+
+    def predict_on_batch(self, *arguments: Any, **options: Any) -> Any:
+        """GraphError: a graph is no batch."""
+        raise _without_batches("predict_on_batch", "predict(graph)")
 
     def traffic(self, graph: Graph) -> int:
         """Bytes of rows that the devices exchange in a training step, padding included."""
@@ -329,6 +353,43 @@ def _check_steps(kind: type) -> None:
                     f"{kind.__name__}.{name} would not run: full-graph training has its own steps. "
                     "Give compile(loss=, metrics=), or use self.add_loss in call."
                 )
+
+
+def _without_batches(method: str, replacement: str) -> GraphError:
+    return GraphError(f"{method} has no meaning for a graph: use {replacement}.")
+
+
+def _numbers_of_rows(vertices: Any, count: int) -> np.ndarray:
+    """Numbers of rows, as given or of a mask; GraphError for others than those of `count` rows."""
+    given = as_array(vertices)
+    if given.dtype == np.bool_ and given.shape == (count,):
+        return np.flatnonzero(given)
+    numbers = as_ids("vertices", given)
+    outside = (numbers < 0) | (numbers >= count)
+    if outside.any():
+        raise GraphError(
+            f"vertices lists {numbers[np.argmax(outside)]:,} of {count:,} rows: use numbers from 0 "
+            f"to {count - 1:,}."
+        )
+    return numbers
+
+
+def _check_of_one_output(option: str, value: Any, kinds: Any) -> None:
+    """GraphError for a loss or metrics that are given for each of several outputs."""
+    if isinstance(value, kinds):
+        form = "one loss" if option == "loss" else "a list"
+        raise GraphError(
+            f"{option} is a {type(value).__name__}, and a graph has one output: give {form}."
+        )
+
+
+def _check_reduction(loss: Any) -> None:
+    """GraphError for a loss that stays one number per vertex."""
+    if isinstance(loss, keras.losses.Loss) and loss.reduction in (None, "none"):
+        raise GraphError(
+            f"The loss {loss.name!r} has no reduction, and a step needs one number: make it with "
+            "reduction='sum_over_batch_size', 'sum' or 'mean_with_sample_weight'."
+        )
 
 
 def _check_graph(graph: Any, method: str) -> None:

@@ -101,8 +101,13 @@ class GraphTrainer:
             run: TrainingRun = self.on_devices(graph, "train")
         else:
             run = self._within(graph, budget_of(memory), "train")
-        self.model.optimizer.build(self.model.trainable_variables)
+        self.build_optimizer()
         return run
+
+    def build_optimizer(self) -> None:
+        """Makes the optimizer's variables; one of a scaled loss would make them each time."""
+        if not self.model.optimizer.built:
+            self.model.optimizer.build(self.model.trainable_variables)
 
     def run_of(self, graph: Graph, mask: str | None) -> TrainingRun:
         """The run that evaluates or predicts.
@@ -201,7 +206,7 @@ class GraphTrainer:
         if memory is None or not reused or memory.key != key:
             self.memory = None
             self._check_agreement(graph, key)
-            self.model.optimizer.build(self.model.trainable_variables)
+            self.build_optimizer()
             self._runs.clear()
             self.device = None
             self._features = graph.feature_count

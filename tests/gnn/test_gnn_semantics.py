@@ -1,6 +1,7 @@
 """Definitions of layers, losses and weights: dense references, and refusals of silent errors."""
 
 import dataclasses
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -646,3 +647,177 @@ def test_weights_of_another_layer_are_refused() -> None:
         gnn.load_pyg_state(layer, {"lin.weight": np.zeros((4, 5)), "lin_l.weight": np.zeros(1)})
     with pytest.raises(GraphError, match=r"lin\.weight has the shape \[5, 4\], and .* needs"):
         gnn.load_pyg_state(layer, {"lin.weight": np.zeros((5, 4)), "bias": np.zeros(4)})
+
+
+WAYS: tuple[dict[str, Any], ...] = ({}, {"devices": 2}, {"memory": "1MiB"})
+"""Options of `fit`: one device, several, a memory plan."""
+
+
+class SquaredOfFirst(keras.losses.Loss):
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        return keras.ops.square(keras.ops.cast(y_true, "float32") - y_pred[:, 0])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        keras.losses.SparseCategoricalCrossentropy(reduction="sum"),
+        keras.losses.SparseCategoricalCrossentropy(reduction="mean_with_sample_weight"),
+        keras.losses.SparseCategoricalCrossentropy(ignore_class=1),
+        SquaredOfFirst(reduction="sum"),
+    ],
+)
+def test_a_loss_is_reduced_as_in_keras(loss: Any) -> None:
+    graph = random_graph()
+    weights = np.linspace(0, 2, VERTICES).astype("f")
+    for how in WAYS:
+        keras.utils.set_random_seed(0)
+        model = gnn.GCN(hidden=4, classes=4, dropout=0.0)
+        model.compile("sgd", loss)
+        model.fit(graph, epochs=0)
+        trained = graph.train
+        rows = model.predict(graph)[trained]
+        expected = float(loss(graph.labels[trained], rows, weights[trained]))
+        history = model.fit(graph, epochs=1, verbose=0, vertex_weight=weights, **how).history
+        assert history["loss"][0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_scaled_loss_gives_the_same_weights(how: Any) -> None:
+    weights = []
+    for scaled in (False, True):
+        keras.utils.set_random_seed(0)
+        optimizer: Any = keras.optimizers.SGD(0.5)
+        if scaled:
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=1024.0)
+        model = gnn.GCN(hidden=4, classes=4, dropout=0.0)
+        model.compile(optimizer)
+        model.fit(random_graph(), epochs=3, verbose=0, **how)
+        weights.append(np.concatenate([np.ravel(w) for w in model.get_weights()]))
+    np.testing.assert_allclose(weights[1], weights[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_averages_take_the_place_of_weights_at_the_end_of_fit(how: Any) -> None:
+    keras.utils.set_random_seed(0)
+    optimizer = keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.5)
+    model = gnn.GCN(hidden=4, classes=4, dropout=0.0)
+    model.compile(optimizer)
+    for _ in range(2):
+        model.fit(random_graph(), epochs=2, verbose=0, **how)
+    averages = optimizer._model_variables_moving_average
+    for variable, average in zip(model.trainable_variables, averages, strict=True):
+        np.testing.assert_array_equal(variable.numpy(), average.numpy())
+
+
+class Largest(keras.metrics.Metric):
+    def __init__(self, masked: bool = True) -> None:
+        super().__init__(name="largest")
+        self.largest = self.add_weight(shape=(), initializer="zeros", name="largest")
+        self.masked = masked
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        if self.masked and sample_weight is not None:
+            y_pred = y_pred * sample_weight[:, None]
+        self.largest.assign(keras.ops.maximum(self.largest, keras.ops.max(y_pred)))
+
+    def result(self) -> Any:
+        return self.largest
+
+
+def test_a_metric_whose_counts_do_not_add_up_needs_one_device() -> None:
+    for how in WAYS:
+        model = gnn.GCN(hidden=4, classes=4, dropout=0.0)
+        model.compile("sgd", metrics=[Largest()])
+        if how:
+            with pytest.raises(GraphError, match="'largest/largest' has counts that do not add"):
+                model.fit(random_graph(), verbose=0, **how)
+        else:
+            history = model.fit(random_graph(), verbose=0, epochs=1).history
+            assert 0 < history["largest"][0] < 1
+
+
+def of_the_batch(y_true: Any, y_pred: Any) -> Any:
+    return keras.ops.mean(y_pred)
+
+
+@pytest.mark.parametrize("metric", [partial(Largest, masked=False), lambda: of_the_batch])
+def test_a_metric_that_reads_all_rows_is_refused(metric: Any) -> None:
+    model = gnn.GCN(hidden=4, classes=4)
+    model.compile("sgd", metrics=[metric()])
+    with pytest.raises(GraphError, match="reads rows of weight 0|metrics with one value per row"):
+        model.fit(random_graph(), verbose=0)
+
+
+def against_the_mean(y_true: Any, y_pred: Any) -> Any:
+    return keras.ops.mean(keras.ops.square(y_pred - keras.ops.mean(y_pred, axis=0)), axis=-1)
+
+
+@pytest.mark.parametrize("loss", [keras.losses.Circle(), against_the_mean])
+def test_a_loss_that_compares_vertices_is_refused(loss: Any) -> None:
+    model = gnn.GCN(hidden=4, classes=4)
+    model.compile("sgd", loss)
+    with pytest.raises(GraphError, match="of a vertex depends on other vertices"):
+        model.fit(random_graph(), verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"loss": ["mse"]}, "loss is a list, and a graph has one output: give one loss."),
+        ({"metrics": {"a": "mse"}}, "metrics is a dict, and a graph has one output: give a list."),
+        ({"loss": keras.losses.MeanSquaredError(reduction=None)}, "has no reduction"),
+    ],
+)
+def test_losses_and_metrics_of_several_outputs_are_refused(options: Any, sentence: str) -> None:
+    with pytest.raises(GraphError, match=sentence):
+        gnn.GCN(classes=4).compile("sgd", **options)
+
+
+def test_a_correlation_is_a_number_on_several_devices() -> None:
+    targets = np.random.default_rng(0).standard_normal((VERTICES, 3))
+    graph = dataclasses.replace(random_graph(), labels=targets.astype("f"))
+    results = []
+    for how in WAYS:
+        keras.utils.set_random_seed(0)
+        model = gnn.GCN(hidden=4, classes=3, dropout=0.0, output=None)
+        model.compile("sgd", "mse", metrics=[keras.metrics.PearsonCorrelation()])
+        history = model.fit(graph, epochs=1, verbose=0, **how).history
+        results.append(history["pearson_correlation"][0])
+    assert np.isfinite(results).all()
+    np.testing.assert_allclose(results, results[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda m, g: m.predict(g, vertices=[23]), "vertices lists 23 of 23 rows"),
+        (lambda m, g: m.predict(g, vertices="a"), "vertices is <U1"),
+        (lambda m, g: m.train_on_batch(g), r"train_on_batch has no meaning .* use fit\(graph\)"),
+        (lambda m, g: m(g.features[:5], graph=g), "5 rows were given for the 23 vertices"),
+        (lambda m, g: m(g.features, graph=[1]), "graph is a list: give a gnn.Graph"),
+        (lambda m, g: m.compile("sgd", run_eagerly=True), "run_eagerly would be ignored"),
+        (lambda m, g: gnn.GCN(hidden=0), "hidden=0 is out of range"),
+        (lambda m, g: gnn.GCN(hidden="8"), "hidden='8' is out of range"),
+        (lambda m, g: gnn.GCN(classes=0), "classes=0 is out of range"),
+        (lambda m, g: gnn.GCN(layers=-1), "layers=-1 is out of range"),
+        (lambda m, g: gnn.GCN(dropout=1.5), "dropout of 1.5 is out of range"),
+        (lambda m, g: gnn.GCNConv(0), "units=0 is out of range"),
+        (lambda m, g: gnn.RelationalConv(4, relations=0), "relations=0 is out of range"),
+    ],
+)
+def test_a_mistake_is_a_sentence(call: Any, sentence: str) -> None:
+    graph = random_graph()
+    model = gnn.GCN(hidden=4, classes=4)
+    model.compile("sgd")
+    with pytest.raises(GraphError, match=sentence):
+        call(model, graph)
+
+
+def test_messages_without_a_function_of_ones_own_read_weights() -> None:
+    graph = random_graph(weighted=True)
+    rows = np.asarray(gnn.MessagePassing()(graph.features, graph=graph))
+    expected = np.zeros_like(graph.features)
+    targets = np.repeat(np.arange(graph.vertices), graph.in_degrees())
+    np.add.at(expected, targets, graph.features[graph.sources] * graph.weights[:, None])
+    np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-6)

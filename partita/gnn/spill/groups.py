@@ -145,7 +145,8 @@ def grouped_model(
         stage_pieces += members
         shapes = shapes_after
     _check_owners(model, stage_pieces)
-    jax.eval_shape(partial(build_metrics, model), data, shapes[f"x{len(stages)}"])
+    built = partial(build_metrics, model, splits=True)
+    jax.eval_shape(built, data, shapes[f"x{len(stages)}"])
     return GroupedModel(_grouped(stage_pieces), shapes)
 
 

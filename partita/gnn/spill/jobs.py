@@ -20,7 +20,7 @@ import keras
 from partita.gnn.nn.block import Block
 from partita.gnn.prepare import GraphData
 from partita.gnn.spill.groups import GroupedModel, PieceGroup, run_group
-from partita.gnn.step import loss_sum, metric_counts, zero_counts
+from partita.gnn.step import loss_divisor, loss_sum, metric_counts, zero_counts
 
 KINDS = ("train", "evaluate", "predict")
 """Kinds of steps: training, evaluation over the vertices of the training mask, prediction."""
@@ -331,9 +331,10 @@ def _part(group: PieceGroup, inputs: JobInputs) -> GraphData:
 
 
 def _loss_share(model: Any, rows: Any, part: GraphData, data: GraphData) -> Any:
-    """The share of the mean loss over the training mask of the rows of a part."""
-    count = data.block.sum_over_devices(data.masks["train"].sum())
-    return loss_sum(model, rows, part, "train", part.importance) / count
+    """The share of the loss over the training mask of the rows of a part."""
+    predicted = jax.ShapeDtypeStruct((*data.labels.shape[:1], *rows.shape[1:]), rows.dtype)
+    divisor = loss_divisor(model, predicted, data, "train", data.importance)
+    return loss_sum(model, rows, part, "train", part.importance) / divisor
 
 
 def _replaced(values: Sequence[Any], numbers: Sequence[int], new: Sequence[Any]) -> list[Any]:

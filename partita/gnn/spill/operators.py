@@ -24,7 +24,7 @@ from partita.gnn.spill.groups import GroupedModel, PieceGroup
 from partita.gnn.spill.jobs import Carry, Job, JobInputs, first_carry, jobs_of
 from partita.gnn.spill.plan import LayerOperator, StepWork
 from partita.gnn.spill.tables import Table, TileCuts, array_bytes, is_tiled, ranges
-from partita.gnn.step import StepState, exchanged_bytes, on_each_device
+from partita.gnn.step import StepState, exchanged_bytes, loss_scale, on_each_device
 
 FINENESS = (1, 2, 4, 8, 16)
 """Numbers of columns that tables may be cut into, with twice that number of rows; 1 is uncut."""
@@ -310,10 +310,17 @@ class _Assembly:
             self.operators.append(LayerOperator("update", (), ()))
             return
         state = self.shapes.equal(self.shapes.state)
-        apply = jax.jit(self.shapes.model.optimizer.stateless_apply)
+        apply = jax.jit(partial(_updated, self.shapes.model))
         program: Any = apply.lower(state.optimizer, state.trainable, state.trainable).compile()
         self.operators.append(LayerOperator("update", (), (), _scratch_bytes(program, 0)))
         self.runs["update"] = Run(program, None, (), ())
+
+
+def _updated(model: Any, optimizer: Any, gradients: Sequence[Any], trainable: Any) -> Any:
+    """(trainable variables, those of the optimizer) after an update by gradients of the loss."""
+    scale = loss_scale(model, optimizer)
+    scaled = [(scale * gradient).astype(gradient.dtype) for gradient in gradients]
+    return model.optimizer.stateless_apply(optimizer, scaled, trainable)
 
 
 def _separate(

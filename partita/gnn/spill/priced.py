@@ -183,7 +183,8 @@ def planned_memory(model: Any, graph: Graph, key: PreparationKey, budget: int) -
     GraphError if the budget is too small, or the model cannot be cut.
     """
     stages = stages_of(model)
-    model.optimizer.build(model.trainable_variables)
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
     arrays = (first_part(replace(graph, features=None), key), state_of(model))
     data, state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arrays)
     shapes = ModelShapes(model, state, data, compiles=False)
