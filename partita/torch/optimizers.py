@@ -61,14 +61,16 @@ class Optimizer:
     def updated(
         self, grads: Any, state: Any, arrays: dict[str, Any], rates: Sequence[Any]
     ) -> tuple[Any, Any]:
-        """(new arrays, new optimizer state)."""
+        """(new arrays, new optimizer state); an array whose gradient is None stays."""
+        absent = [name for name, gradient in grads.items() if gradient is None]
+        grads = grads | {name: jnp.zeros_like(arrays[name]) for name in absent}
         directions: Any
         directions, state = self.transformation.update(grads, state, arrays)
         if self.group_of is None:
             return optax.apply_updates(arrays, directions), state
         updates = {}
         for name, array in arrays.items():
-            rate = rates[self.group_of[name]]
+            rate = 0.0 if name in absent else rates[self.group_of[name]]
             updates[name] = (-rate * directions[name]).astype(array.dtype)
         return optax.apply_updates(arrays, updates), state
 

@@ -80,13 +80,18 @@ class TrainingStep:
     def function(self, state: State, rates: Any, batch: Any, modes: Any) -> tuple[State, Any]:
         """(new state, loss) of a step; `rates` are the learning rates of PyTorch's optimizer."""
         next_key, key = jax.random.split(state.key)
+        reached: set[str] = set()
 
         def loss_of(params: Arrays) -> tuple[Any, Arrays]:
-            return self.network.loss_of(params, state.buffers, key, batch)
+            noted = {name: _noted(array, name, reached) for name, array in params.items()}
+            return self.network.loss_of(noted, state.buffers, key, batch)
 
         (loss, buffers), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         if self.clip_norm is not None:
             grads = clipped(grads, self.clip_norm)
+        if self.optimizer.source is not None:
+            # PyTorch's optimizers leave parameters without a gradient as they are.
+            grads = {name: grad if name in reached else None for name, grad in grads.items()}
         params, optimizer = self.optimizer.updated(grads, state.optimizer, state.params, rates)
         return State(params, optimizer, buffers, next_key), loss
 
@@ -167,6 +172,21 @@ class TrainingStep:
         self.state = self.state._replace(
             params=arrays_of(module, names.trained), buffers=arrays_of(module, names.fixed)
         )
+
+
+def _noted(array: Any, name: str, reached: set[str]) -> Any:
+    """The array itself; its name is noted when a gradient reaches it."""
+
+    @jax.custom_vjp
+    def same(values: Any) -> Any:
+        return values
+
+    def backward(_: None, gradient: Any) -> tuple[Any]:
+        reached.add(name)
+        return (gradient,)
+
+    same.defvjp(lambda values: (values, None), backward)
+    return same(array)
 
 
 def _as_tensor(array: Any) -> torch.Tensor:

@@ -201,6 +201,33 @@ def test_tied_and_frozen_weights_and_stopped_gradients_are_those_of_torch() -> N
     module.load_state_dict(step.state_dict())
 
 
+class Unused(nn.Module):
+    """Parameters that no gradient reaches: one is never read, one is detached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(12, CLASSES)
+        self.unread = nn.Linear(3, 3)
+        self.offset = nn.Parameter(torch.ones(CLASSES))
+
+    def forward(self, x: Any) -> Any:
+        return self.head(x) + self.offset.detach()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_parameters_without_a_gradient_are_not_decayed(kind: Any) -> None:
+    torch.manual_seed(0)
+    module = Unused()
+
+    def optimizer() -> Any:
+        return kind(module.parameters(), lr=0.1, weight_decay=0.5)
+
+    step = partita.torch.training_step(module, functional.cross_entropy, optimizer())
+    ours = [float(step(batch)) for batch in batches()]
+    np.testing.assert_allclose(ours, trained_by_torch(module, optimizer(), batches()), rtol=1e-5)
+    assert_equal_states(step.state_dict(), module)
+
+
 class Gaps(nn.Module):
     """Operations that torchax computes differently from PyTorch."""
 
