@@ -348,8 +348,18 @@ def test_a_process_that_is_alone_waits_for_nobody(said: dict[str, str]) -> None:
         ),
         (
             {**BY_HAND, "JAX_COORDINATOR_ADDRESS": "head"},
-            "write the host of process 0 and a port, as in '10.0.0.1:1234'",
+            "write the host of process 0 and a port from 1 to 65535, as in '10.0.0.1:1234'",
         ),
+        ({**BY_HAND, "JAX_COORDINATOR_ADDRESS": "head:70000"}, "and a port from 1 to 65535"),
+        (
+            {**BY_HAND, "JAX_COORDINATOR_ADDRESS": ""},
+            "JAX_NUM_PROCESSES is set to '2', and JAX_COORDINATOR_ADDRESS is not. Set all three",
+        ),
+        (
+            {**BY_HAND, "JAX_NUM_PROCESSES": "0"},
+            "JAX_NUM_PROCESSES is 0: write the number of processes, at least 1.",
+        ),
+        ({**BY_HAND, "JAX_NUM_PROCESSES": "²"}, "JAX_NUM_PROCESSES is '²': write a whole number."),
         ({**SLURM, "SLURM_PROCID": "x"}, "SLURM_PROCID is 'x': write a whole number."),
     ],
 )

@@ -16,6 +16,8 @@ from partita.errors import PartitaError
 TIMEOUT = 300
 """Time limit for the other processes to start, seconds."""
 ADDRESS = "JAX_COORDINATOR_ADDRESS"
+COUNT = "JAX_NUM_PROCESSES"
+INDEX = "JAX_PROCESS_ID"
 
 
 @dataclass(frozen=True)
@@ -100,21 +102,26 @@ def group(environment: Mapping[str, str] | None = None) -> ProcessGroup | None:
     variables = os.environ if environment is None else environment
     timeout = _number(variables, "PARTITA_TIMEOUT", TIMEOUT)
     address = variables.get(ADDRESS)
-    missing = [name for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if name not in variables]
-    if address and not missing:
-        count = _number(variables, "JAX_NUM_PROCESSES")
-        index = _number(variables, "JAX_PROCESS_ID")
-        _check_index(count, index, "JAX_PROCESS_ID")
+    missing = [name for name in (ADDRESS, COUNT, INDEX) if not variables.get(name)]
+    if not missing:
+        assert address is not None
+        count = _number(variables, COUNT)
+        if not count:
+            raise PartitaError(f"{COUNT} is 0: write the number of processes, at least 1.")
+        index = _number(variables, INDEX)
+        _check_index(count, index, INDEX)
         _check_address(address)
         return ProcessGroup(count, index, address, timeout) if count > 1 else None
     for launcher in LAUNCHERS:
         if _started_by(launcher, variables):
             return _launched_group(launcher, variables, timeout)
-    if address:
+    given = [name for name in (ADDRESS, COUNT, INDEX) if name not in missing]
+    if given and variables.get(COUNT, "") != "1":
         verb = "are" if len(missing) > 1 else "is"
         raise PartitaError(
-            f"{ADDRESS} is set to '{address}', and {' and '.join(missing)} {verb} not. "
-            "Set all three: the number of processes, and the index of this one, from 0."
+            f"{given[0]} is set to '{variables[given[0]]}', and {' and '.join(missing)} {verb} "
+            "not. Set all three: the host and port of process 0, the number of processes, and the "
+            "index of this one, from 0."
         )
     return None
 
@@ -158,9 +165,9 @@ def _check_index(count: int, index: int, name: str) -> None:
 
 def _check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not _is_number(port) or not 0 < int(port) < 65536:
         raise PartitaError(
-            f"{ADDRESS} is '{address}': write the host of process 0 and a port, "
+            f"{ADDRESS} is '{address}': write the host of process 0 and a port from 1 to 65535, "
             "as in '10.0.0.1:1234'."
         )
 
@@ -231,9 +238,14 @@ def _number(
     if name not in variables and default is not None:
         return default
     text = variables[name]
-    if not text.isdigit():
+    if not _is_number(text):
         raise PartitaError(f"{name} is '{text}': write a whole number.")
     return int(text)
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text consists of the digits 0 to 9."""
+    return text.isascii() and text.isdigit()
 
 
 def uses_one_accelerator(
