@@ -161,6 +161,20 @@ def test_kernels_inside_a_loop_take_no_main_memory_of_a_tpu():
     assert PROGRAM_BYTES < peak.temporaries <= most
 
 
+def test_a_tpu_converts_an_embedding_that_a_loop_multiplies_before_it_is_gathered():
+    tpu = load("tpu-v5e:4")
+    tokens = keras.Input((8,), dtype="int32")
+    x = keras.layers.SimpleRNN(16)(keras.layers.Embedding(256, 64)(tokens))
+    model = keras.Model(tokens, keras.layers.Dense(1)(x))
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 16, target=tpu.target).graph
+    plan = BASELINES["ZeRO-3"](graph, tpu.name, mesh_of(tpu))
+    moves = collectives(graph, plan.mesh, layout_of(graph, plan), tpu.backend)
+    gathers = {move.nbytes for move in moves if move.kind == "all_gather"}
+    assert 256 * 64 * 2 in gathers
+    assert 256 * 64 * 4 not in gathers
+
+
 def test_products_of_a_gpu_have_work_space(mlp):
     # As compiled for H100s: 32 MiB for a product of 128 x 384, none for a few elements.
     product, tiny = ProductShape(128, 384, 128), ProductShape(2, 4, 16)

@@ -1,4 +1,4 @@
-"""XLA:TPU, as of libtpu 0.0.52, compiled for v5e slices.
+"""XLA:TPU, as of libtpu 0.0.42.1, compiled for v5e slices.
 
 Its memory is tiled: the minor dim is padded to 128 and the next one to 8. Any two dims can be
 these, and those that pad least are. Of an image, samples and channels are. Samples are the minor
@@ -29,7 +29,7 @@ from partita.cost.backends.base import Buffers, DimOrder, FusionRules
 from partita.cost.sums import LaidOutProgram
 from partita.graph.flat import Reader, readers_of
 from partita.graph.images import images
-from partita.graph.operator_graph import ITEMSIZE, Instruction, OperatorGraph
+from partita.graph.operator_graph import ITEMSIZE, Instruction, Loop, OperatorGraph
 from partita.plans.layout import local_shape
 
 PRODUCTS = {"dot_general", "convolution"}
@@ -44,7 +44,16 @@ KERNEL_BYTES = 17 << 10
 are all on the chip, of which most need 10 to 17 KiB for each kernel."""
 PROGRAM_BYTES = 384 << 10
 """Main memory that the rest of a program takes."""
-SELECTING = {"reshape", "transpose", "convert", "copy", "gather", "select", "reverse"}
+SELECTING = {
+    "reshape",
+    "transpose",
+    "convert",
+    "copy",
+    "gather",
+    "dynamic_slice",
+    "select",
+    "reverse",
+}
 """Instructions past which a conversion to bfloat16 moves."""
 
 
@@ -190,22 +199,26 @@ def _elements_in_tiles(shape: Sequence[int], minor: int, second: int) -> int:
 
 
 def _feeds_products(graph: OperatorGraph, readers: Sequence[Reader]) -> bool:
-    """Whether products alone read a value, directly or rearranged."""
-    inside, outside = _readers_in_loops(graph, readers)
-    pending = [reader for reader, _ in (*inside, *outside)]
-    visited: set[int] = set()
+    """Whether products alone read a value, directly, rearranged or in a loop."""
+    loops = {loop.instruction: loop for loop in graph.loops}
+    pending = list(readers)
+    visited: set[Reader] = set()
     while pending:
-        reader = pending.pop()
+        place = pending.pop()
+        reader, position = place
         if reader < 0:
             return False
         instruction = graph.instructions[reader]
-        if instruction.name in PRODUCTS or reader in visited:
+        if instruction.name in PRODUCTS or place in visited:
             continue
-        if instruction.name not in SELECTING:
+        visited.add(place)
+        if reader in loops:
+            pending += _readers_inside(graph, loops[reader], position)
+        elif instruction.name in SELECTING:
+            for result in instruction.results:
+                pending += readers_of(graph).get(result, ())
+        else:
             return False
-        visited.add(reader)
-        for result in instruction.results:
-            pending += [place for place, _ in readers_of(graph).get(result, ())]
     return bool(readers)
 
 
@@ -213,24 +226,14 @@ def _is_reduction(graph: OperatorGraph, reader: int) -> bool:
     return reader >= 0 and graph.instructions[reader].name == "reduce"
 
 
-def _readers_in_loops(
-    graph: OperatorGraph,
-    readers: Sequence[Reader],
-) -> tuple[list[Reader], list[Reader]]:
-    """Readers of values that loops carry unchanged, and the readers that are no such loops."""
-    inside = []
-    outside = []
-    loops = {loop.instruction: loop for loop in graph.loops}
-    for reader, position in readers:
-        loop = loops.get(reader)
-        if loop is None:
-            outside.append((reader, position))
+def _readers_inside(graph: OperatorGraph, loop: Loop, position: int) -> list[Reader]:
+    """Readers of an operand inside of a loop, with one outside if the loop changes the operand."""
+    operand = graph.instructions[loop.instruction].operands[position]
+    readers = []
+    for carried, body, yielded, _ in loop.carried:
+        if carried != operand:
             continue
-        before = graph.instructions[reader].operands[position]
-        for carried, body, yielded, _ in loop.carried:
-            if carried != before:
-                continue
-            if body != yielded:
-                outside.append((-1, 0))
-            inside += [place for place in readers_of(graph).get(body, ()) if place[0] >= 0]
-    return inside, outside
+        if body != yielded:
+            readers.append((-1, 0))
+        readers += [place for place in readers_of(graph).get(body, ()) if place[0] >= 0]
+    return readers
