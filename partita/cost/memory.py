@@ -15,7 +15,7 @@ When values are in memory says `cost.lifetimes`.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -25,9 +25,9 @@ import numpy as np
 
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import ProductShape
-from partita.cost.collectives import DEFAULT, emitted_sums
+from partita.cost.collectives import DEFAULT, collectives, emitted_sums
 from partita.cost.delayed import first_backward
-from partita.cost.fusion import ALONE, GENERATED, Fusion, fused_under, reads
+from partita.cost.fusion import ALONE, Fusion, fused_under, reads
 from partita.cost.joined import joined_kernels
 from partita.cost.lifetimes import Lifetimes, lifetimes_under, static_lifetimes
 from partita.cost.partial import split_axes
@@ -63,6 +63,8 @@ ROLES = {
 """Role of an argument -> kind of memory."""
 TEMPORARY = -1
 """Kind of an allocation that is no activation and no gradient."""
+SUMS = {"all_reduce", "reduce_scatter"}
+"""Kinds of collectives that add."""
 WORK_SPACE = -2
 """Kind of the work space of a library's kernel, whose size is known exactly."""
 
@@ -125,7 +127,7 @@ def memory(
     is_work_space = allocations.kind == WORK_SPACE
     live = live * MARGIN + _work_space(graph, allocations, present & is_work_space)
     largest = int(allocations.nbytes[present & ~is_work_space].max(initial=0))
-    course = compiler.temporary_bytes(live, _kernels(graph, fused), largest)
+    course = compiler.temporary_bytes(live, largest) + allocations.program_bytes
     peak = int(np.argmax(course))
     operator = graph.owner[peak] if peak < count else -1
     by_kind = {}
@@ -147,20 +149,6 @@ def memory(
         graph.operators[operator].name if operator >= 0 else "",
         constant + course[: count + 1].astype(np.int64),
     )
-
-
-def _kernels(graph: OperatorGraph, fused: Fusion) -> int:
-    """The kernels of a program beside those of its loops.
-
-    Constants that loops carry are no kernels, because compilers allocate them only.
-    """
-    carried = {loop_value[0] for loop in graph.loops for loop_value in loop.carried}
-    count = 0
-    for root in fused.kernels:
-        instruction = graph.instructions[root]
-        is_allocated = instruction.name in GENERATED and carried.issuperset(instruction.results)
-        count += instruction.trips == 1 and not is_allocated
-    return count
 
 
 def _work_space(graph: OperatorGraph, allocations: _Allocations, chosen: np.ndarray) -> np.ndarray:
@@ -199,6 +187,8 @@ class _Allocations:
     stop: np.ndarray
     kind: np.ndarray
     tensor: np.ndarray
+    program_bytes: int = 0
+    """Main memory that the program itself takes."""
 
     def course(self, chosen: np.ndarray, instructions: int) -> np.ndarray:
         """[instruction]: bytes of the chosen allocations."""
@@ -368,8 +358,9 @@ class _Allocator:
         self.arguments = {argument.tensor for argument in graph.arguments}
         self.targets = {reader: read.target for read in layout.reads for reader in read.readers}
         """Reader -> sharding of its reshard."""
-        sums = emitted_sums(graph, mesh, layout, backend)
-        self.scattered = {total.tensor for total in sums if total.kind == "reduce_scatter"}
+        self.sums = emitted_sums(graph, mesh, layout, backend)
+        """Sums over devices."""
+        self.scattered = {total.tensor for total in self.sums if total.kind == "reduce_scatter"}
         """Tensors of which a device keeps a slice of the sum."""
         self.groups = self._groups()
         self.meeting = {
@@ -388,7 +379,33 @@ class _Allocator:
             if argument.tensor not in self.layout.host
         )
         columns = np.array(self.entries, np.int64).reshape(-1, 6).T.copy()
-        return _Allocations(arguments, *columns)
+        program_bytes = self._program_bytes() if self.compiler.buffers.stored_program else 0
+        return _Allocations(arguments, *columns, program_bytes=program_bytes)
+
+    def _program_bytes(self) -> int:
+        """Bytes of the compiled program itself, with the collectives that no gradients share."""
+        graph = self.graph
+        fused = fused_under(graph, self.layout, self.compiler.fusion_rules)
+        sizes = []
+        for root, kernel in fused.kernels.items():
+            operands = [
+                self._elements(tensor, self.targets.get(readers[0]))
+                for tensor, readers in reads(graph, kernel).items()
+            ]
+            results = [self._elements(tensor) for tensor in graph.instructions[root].results]
+            sizes.append(max((*operands, *results), default=0))
+        moves = collectives(graph, self.mesh, self.layout, self.backend)
+        kinds = Counter(move.kind for move in moves if move.kind not in SUMS)
+        for total in self.sums:
+            is_scalar = not graph.tensors[total.tensor].shape
+            kinds[total.kind] += not is_scalar and total.tensor not in self.meeting
+        return self.compiler.program_bytes(sizes, kinds)
+
+    def _elements(self, tensor: int, sharding: Sharding | None = None) -> int:
+        """Elements of a device's shard of a tensor, under the tensor's own sharding by default."""
+        if sharding is None:
+            sharding = self.layout.shardings[tensor]
+        return math.prod(local_shape(self.graph.tensors[tensor].shape, sharding, self.mesh.sizes))
 
     def _bytes(
         self,

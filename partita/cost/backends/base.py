@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,6 +67,8 @@ class Buffers:
     ordered_kernels: bool = False
     """Convolutions read a variable in a copy with its dims in another order, which stays in memory
     from the first convolution to the last."""
+    stored_program: bool = False
+    """The program itself is in main memory, beside its values."""
     filled_gradients: bool = False
     """The weight gradient of a convolution over a dilated operand is a dense convolution: its
     window is the operand with zeros in its holes, and the other operand has a copy."""
@@ -173,7 +175,6 @@ class Compiler(ABC):
     def temporary_bytes(
         self,
         live_bytes: np.ndarray,
-        kernels: int,
         largest_bytes: int = 0,
     ) -> np.ndarray:
         """Bytes of temporaries in the main memory, given all that live at each time.
@@ -181,6 +182,14 @@ class Compiler(ABC):
         `largest_bytes` are those of the largest temporary.
         """
         return live_bytes
+
+    def program_bytes(self, kernel_elements: Sequence[int], collectives: Mapping[str, int]) -> int:
+        """Bytes of the program itself in main memory, if `buffers.stored_program`.
+
+        `kernel_elements` are those of the largest operand or result of each kernel, `collectives`
+        the numbers of each kind.
+        """
+        return 0
 
     def moved_itemsize(self, graph: OperatorGraph, tensor: int, readers: Sequence[Reader]) -> int:
         """Bytes of an element of a tensor while it is resharded for its readers."""

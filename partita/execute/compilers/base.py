@@ -57,6 +57,8 @@ class ProgramCompiler(abc.ABC):
     """The packages that may hold it; their versions are part of the cache's key."""
     flags: str = ""
     """XLA_FLAGS of the child process."""
+    stores_program: bool = False
+    """Whether a compiled program takes main memory of a device beside its temporaries."""
 
     @abc.abstractmethod
     def target(self, machine: Machine) -> CompileTarget:

@@ -34,7 +34,8 @@ class CompiledPieces:
         pieces = []
         for program in self.programs:
             memory = program.memory
-            pieces.append(PieceBytes(memory.temporaries, memory.outputs - memory.aliased))
+            working = memory.temporaries + memory.code
+            pieces.append(PieceBytes(working, memory.outputs - memory.aliased))
         return compiled_peaks(self.step, pieces)
 
     def work(self) -> CompiledWork:

@@ -98,6 +98,7 @@ class CompiledPlan:
             ),
             ("  arguments", "", format_bytes(self.memory.arguments)),
             ("  temporaries", "", format_bytes(self.memory.temporaries)),
+            *self._program_rows(),
             *self._group_rows(),
             ("work", format_flops(self.planned_flops), format_flops(self.flops)),
         ]
@@ -112,6 +113,10 @@ class CompiledPlan:
             seconds = format_seconds(self.estimated_seconds)
             rows.append(("kernels, by the compiler's estimate", "", seconds))
         return rows
+
+    def _program_rows(self) -> list[tuple[str, str, str]]:
+        """The memory of the program itself, where it takes any."""
+        return [("  program", "", format_bytes(self.memory.code))] if self.memory.code else []
 
     def _group_rows(self) -> list[tuple[str, str, str]]:
         rows = []

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from partita.errors import CompilerError
@@ -42,13 +42,14 @@ class ProgramMemory:
     aliased: int
     """Outputs that reuse the memory of an argument."""
     code: int = 0
+    """The program itself, where it takes main memory of a device."""
     peak_live: int = 0
     """The highest sum of live values, by the compiler; 0 if it does not say."""
 
     @property
     def peak(self) -> int:
-        """Arguments, outputs and temporaries, aliases counted once."""
-        return self.arguments + self.outputs + self.temporaries - self.aliased
+        """Arguments, outputs, temporaries and the program, aliases counted once."""
+        return self.arguments + self.outputs + self.temporaries + self.code - self.aliased
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ def _read(folder: Path, compiler: ProgramCompiler, version: str) -> CompiledProg
         raise _refusal(compiler, str(result["error"]))
     text = gzip.decompress((folder / TEXT_FILE).read_bytes()).decode()
     memory = ProgramMemory(**result["memory"])
+    if not compiler.stores_program:
+        memory = replace(memory, code=0)
     return CompiledProgram(text, memory, result["seconds"], compiler.name, version)
 
 

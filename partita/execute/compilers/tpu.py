@@ -2,6 +2,9 @@
 
 libtpu locks itself to one process, because two processes cannot use the same chips. A compilation
 uses none, so the child process switches the lock off.
+
+A chip reads its instructions from main memory, part by part. libtpu reports them apart from the
+temporaries.
 """
 
 from __future__ import annotations
@@ -64,6 +67,7 @@ class TpuCompiler(ProgramCompiler):
     extra = "compile-tpu"
     module = "libtpu"
     packages = ("libtpu",)
+    stores_program = True
 
     def target(self, machine: Machine) -> CompileTarget:
         """The slice with as many chips as the machine has. CompilerError without one."""
