@@ -22,6 +22,7 @@ from partita.capture.functions import Call, CapturedCall, call_of, capture_call
 from partita.capture.jax_functions import Captured
 from partita.capture.targets import CaptureTarget
 from partita.errors import CaptureError, MemoryBudgetError
+from partita.execute import members
 from partita.execute.process_arrays import digest
 from partita.execute.processes import alone, same
 from partita.execute.program import RunnableStep, runnable_step
@@ -68,10 +69,11 @@ def compiled_in_turn(
     """(planned step, its program, the plan, its verification) of the first plan that fits.
 
     A plan fits if the compiler's memory figure does. The planned step is None for a plan that
-    amounts to one device. Raises a MemoryBudgetError after `REFUSALS` new plans.
+    amounts to one device, unless processes were lost or came back: all go on with planned steps
+    then. Raises a MemoryBudgetError after `REFUSALS` new plans.
     """
     for refusals in range(REFUSALS + 1):
-        if not is_split(plan):
+        if not is_split(plan) and not members.generation():
             return None, None, plan, None
         planned = runnable_step(captured, plan, donate=donate)
         program = planned.compile()

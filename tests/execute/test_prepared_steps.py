@@ -14,6 +14,7 @@ from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from partita.capture.keras_models import ModelVariables, capture_model
 from partita.errors import PlanError
 from partita.execute import members
+from partita.execute.function import compiled_in_turn
 from partita.execute.program import runnable_step
 from partita.execute.steps import StepRunner
 from partita.keras.fit import is_of_arrays
@@ -158,3 +159,14 @@ def test_a_batch_is_kept_for_a_loss_and_copied_where_others_may_write_in_it(sour
     is_slice = source == "in order"
     assert [array.max() for array in kept] == [float(is_slice)] * 2
     assert (fingerprint_of(kept, is_summed=False) != fingerprint) == is_slice
+
+
+@pytest.mark.parametrize("losses", [0, 2])
+def test_processes_that_met_again_go_on_with_planned_steps(losses: int, monkeypatch) -> None:
+    """The others run a planned step, so a process that comes back must not train by itself."""
+    *_, captured = training()
+    choices: dict[str, dict[str, str]] = {one.name: {} for one in captured.graph.operators}
+    whole = Plan(captured.graph.name, "host", Mesh.of((2,)), choices, batch_size=24)
+    monkeypatch.setattr(members, "generation", lambda: losses)
+    planned, *_ = compiled_in_turn(captured, whole, Any, lambda *_: Any, print)
+    assert (planned is not None) == bool(losses)
