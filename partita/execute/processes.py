@@ -146,8 +146,9 @@ def exchanged(name: str, value: str) -> list[str]:
         try:
             values.append(_value(f"{key}/{i}", TIMEOUT))
         except jax.errors.JaxRuntimeError:
+            place = "its first step" if name.startswith("same/") else f"the meeting '{name}'"
             raise ProcessError(
-                f"Process {i} has not reached its first step {TIMEOUT} s after the others. "
+                f"Process {i} has not reached {place} {TIMEOUT} s after the others. "
                 "Run the same script in all processes."
             ) from None
     return values
