@@ -133,7 +133,8 @@ def _fixed(graph: OperatorGraph) -> frozenset[int]:
 
 @per_graph
 def compared_extremes(graph: OperatorGraph) -> dict[int, frozenset[int]]:
-    """Comparison -> the maxima with which it compares, with the tensors between.
+    """Comparison -> the maxima (of dims or segments) with which it compares, with the tensors
+    between.
 
     They are computed again with the compared values: a copy may round differently, and would equal
     no stored maximum.
@@ -146,9 +147,9 @@ def compared_extremes(graph: OperatorGraph) -> dict[int, frozenset[int]]:
             between = [operand]
             while (source := producer.get(between[-1], -1)) >= 0:
                 made_by = graph.instructions[source]
-                if made_by.name == "reduce" and not made_by.adds:
+                if made_by.name in ("reduce", "scatter") and not made_by.adds:
                     extremes.update(between)
-                if made_by.name not in SHAPE_ONLY:
+                if made_by.name not in SHAPE_ONLY and made_by.name != "gather":
                     break
                 between.append(made_by.operands[0])
         if extremes:
