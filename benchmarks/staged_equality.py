@@ -57,6 +57,7 @@ from partita.execute.process_group import group
 from partita.execute.program import RunnableStep, runnable_step
 from partita.graph.operator_graph import OperatorGraph
 from partita.plans.plan import Axis, Mesh, Plan
+from partita.plans.schema import SCHEDULES
 from partita.search.candidates import candidates, names_of
 
 TOLERANCE = 1e-5
@@ -94,7 +95,7 @@ def random_pipeline(graph: OperatorGraph, r: random.Random) -> Plan:
         choices,
         batch_size=graph.batch_size,
         microbatches=microbatches,
-        schedule=r.choice(["1f1b", "gpipe"]),
+        schedule=r.choice(SCHEDULES),
         recompute=recompute,
     )
 

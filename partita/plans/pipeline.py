@@ -27,6 +27,12 @@ from partita.plans.plan import TIME, Axis, Mesh, Plan, is_accelerator, placed_sl
 
 Task = tuple[Literal["forward", "backward"], int]
 """One pass of a stage over a microbatch."""
+PER_LATER_STAGE = {"1f1b": 1, "eager-1f1b": 3}
+"""Schedule -> microbatches that a stage stores for each later stage, beside its own.
+
+Three passes of a stage over a microbatch, forward and twice as long backward, pass before its
+gradient comes back from the next stage.
+"""
 
 
 class Pass(NamedTuple):
@@ -159,6 +165,8 @@ def stage_schedule(plan: Plan, stage: int) -> list[Task]:
     "gpipe": all forward passes, then all backward passes (Huang et al., NeurIPS 2019).
     "1f1b": each backward pass as early as possible, so that a stage stores at most one microbatch
     per later stage, and its own (Narayanan et al., SOSP 2019).
+    "eager-1f1b": the same, with more forward passes first, for the time until the first gradient
+    comes back (Zhuang et al., MLSys 2023, have fewer of them, to hide transfers).
     """
     count = plan.microbatches
     ahead = in_flight(plan, stage)
@@ -212,9 +220,14 @@ def order(
 
 def in_flight(plan: Plan, stage: int) -> int:
     """The largest number of microbatches whose forward values a stage stores at once."""
-    if plan.schedule == "gpipe":
-        return plan.microbatches
-    return min(plan.microbatches, stage_count(plan) - stage)
+    return most_in_flight(plan.schedule, plan.microbatches, stage_count(plan) - stage - 1)
+
+
+def most_in_flight(schedule: str, microbatches: int, later_stages: int) -> int:
+    """The same for a stage with a number of later ones."""
+    if schedule == "gpipe":
+        return microbatches
+    return min(microbatches, 1 + PER_LATER_STAGE[schedule] * later_stages)
 
 
 def rematerialized_runs(graph: OperatorGraph, plan: Plan) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ from partita.files.schema import (
 )
 
 SCHEMA = 1
-SCHEDULES = ("1f1b", "gpipe")
+SCHEDULES = ("1f1b", "eager-1f1b", "gpipe")
 """Orders of microbatches, the default first."""
 MOST_DEVICES = 2**24
 """Devices of the largest mesh."""

@@ -12,17 +12,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numba import njit
 
 from partita.cost.evaluate import PARTS
 from partita.cost.moves import Group, group_of
 from partita.graph.operator_graph import Label
 from partita.plans.layout import label_sharding
+from partita.plans.pipeline import most_in_flight
 from partita.plans.plan import Mesh
+from partita.plans.schema import SCHEDULES
 from partita.search.base import Problem
 from partita.search.candidates import assignment_of
 from partita.search.network import CostNetwork
 from partita.search.pipeline_cuts import Cuts, CutValue
 from partita.search.pipeline_division import Division, OperatorFigures, PipelineShape, Runs
+
+EAGER = "eager-1f1b"
+LEAST_GAIN = 0.01
+"""Relative gain of a schedule over one that needs less memory, at least."""
 
 
 @dataclass(frozen=True)
@@ -121,21 +128,27 @@ class ShapeCosts:
         figures = self._in_states(states).by_run(begins)
         hops = self._hop_seconds(mesh, cuts, states)
         entering = [0.0, *self._shard_bytes(cuts.stored, states)]
-        runs = Runs(
-            self.shape,
-            figures,
-            entering,
-            hops,
-        )
-        division = runs.divide(limit_bytes)
-        if division is None:
-            return None
-        return self._step(
-            figures,
-            runs,
-            division,
-            hops,
-        )
+        best: Estimate | None = None
+        for schedule in self._schedules():
+            waiting = hops if schedule == SCHEDULES[0] else [0.0] * len(hops)
+            runs = Runs(self.shape, figures, entering, waiting, schedule)
+            division = runs.divide(limit_bytes)
+            if division is None:
+                continue
+            estimate = self._step(figures, runs, division, hops)
+            if best is None or estimate.seconds < best.seconds * (1 - LEAST_GAIN):
+                best = estimate
+        return best
+
+    def _schedules(self) -> Sequence[str]:
+        """The schedules of a shape, the one that needs least memory first.
+
+        More forward passes first pay only if backward passes come back before the last of them.
+        """
+        ahead = most_in_flight(EAGER, self.shape.microbatches, self.shape.stages - 1)
+        if self.shape.stages > 1 and ahead < self.shape.microbatches:
+            return SCHEDULES[0], EAGER
+        return SCHEDULES[:1]
 
     def _in_states(self, states: Sequence[int]) -> OperatorFigures:
         """Figures by operator, moves between operators included."""
@@ -159,7 +172,11 @@ class ShapeCosts:
         division: Division,
         hops: Sequence[float],
     ) -> Estimate:
-        """The step of a division: fill, the pace of the slowest stage, and drain."""
+        """The step of a division.
+
+        With "1f1b": fill, the pace of the slowest stage, and drain. With more forward passes first:
+        the passes in their order.
+        """
         rematerialized = np.zeros(runs.count)
         rematerialized[list(division.rematerialized)] = 1.0
         begins = [0, *(end + 1 for end in division.ends[:-1])]
@@ -168,12 +185,19 @@ class ShapeCosts:
         stage_seconds = np.add.reduceat(run_seconds, begins)
         exposed = np.add.reduceat(run_exposed, begins)
         once = np.add.reduceat(figures.once, begins)
-        # A stage has no microbatch to spare while one is on its way.
-        waiting = np.array([*(hops[begin] for begin in begins[1:]), 0.0])
-        stage_seconds = stage_seconds + waiting
         others = self.shape.microbatches - 1
-        pace = (others * stage_seconds + once).max()
-        seconds = float(stage_seconds.sum() + pace)
+        entering = np.array([hops[begin] for begin in begins])
+        if division.schedule == SCHEDULES[0]:
+            # A stage has no microbatch to spare while one is on its way.
+            stage_seconds = stage_seconds + np.append(entering[1:], 0.0)
+            pace = (others * stage_seconds + once).max()
+            seconds = float(stage_seconds.sum() + pace)
+        else:
+            forward = np.add.reduceat(figures.forward, begins)
+            later = range(len(begins) - 1, -1, -1)
+            counts = [most_in_flight(division.schedule, others + 1, number) for number in later]
+            passes = forward, stage_seconds - forward, entering / 2, np.array(counts)
+            seconds = float((last_ends(*passes, others + 1) + once).max())
         # A stage begins after those before it have passed one microbatch on. They take the last one
         # back while it updates its variables.
         exposed_forward = np.add.reduceat(figures.exposed_forward, begins)
@@ -227,3 +251,34 @@ class ShapeCosts:
                 total += nbytes / counts[key]
             totals.append(total)
         return totals
+
+
+@njit(cache=True)
+def last_ends(forward, backward, hops, in_flight, microbatches):
+    """[stage]: end of the last backward pass, where each stage reads the one before it.
+
+    A stage first runs `in_flight` forward passes, then backward and forward passes in turn.
+    `forward`, `backward` and `hops` are seconds: of a pass, and of a microbatch from the stage
+    before.
+    """
+    stages = len(forward)
+    ends = np.zeros((2, stages, microbatches))
+    done = np.zeros((2, stages), np.int64)
+    time = np.zeros(stages)
+    while done[1].min() < microbatches:
+        for s in range(stages):
+            while done[1, s] < microbatches:
+                ahead = min(microbatches, done[1, s] + in_flight[s])
+                phase = 0 if done[0, s] < ahead else 1
+                n = done[phase, s]
+                other = s - 1 if phase == 0 else s + 1
+                ready = 0.0
+                if 0 <= other < stages:
+                    if done[phase, other] <= n:
+                        break
+                    ready = ends[phase, other, n] + hops[max(s, other)]
+                seconds = forward[s] if phase == 0 else backward[s]
+                time[s] = max(time[s], ready) + seconds
+                ends[phase, s, n] = time[s]
+                done[phase, s] += 1
+    return time

@@ -4,6 +4,10 @@ Operators come in runs, from one cut to the next. Stages are sequences of runs. 
 rematerialized as a whole: as few as memory needs, those first that free most bytes in a second.
 Stages near the first hold more microbatches at once, so they rematerialize more runs, or have
 fewer.
+
+Under "1f1b" equal stages are fastest. Under "eager-1f1b" a stage that starts later ends with the
+first one if it has less work: stage s takes y(s) for all of its m microbatches with
+y(1) + ... + y(s - 1) = m (T - y(s)), as in the lower bound (`search.staged_bound`).
 """
 
 from __future__ import annotations
@@ -16,12 +20,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from partita.plans.pipeline import most_in_flight
+from partita.plans.schema import SCHEDULES
+
 CAPACITY = 0.95
 """Share of a device's memory that runs are dealt into: their working memory comes on top."""
 SLACK = 1.001
 """Relative slowdown of the slowest stage that is accepted for stages that need less memory."""
 HALVINGS = 16
 """Halvings of an interval in a bisection."""
+
+
+def most_work(stages: int, microbatches: int) -> float:
+    """Seconds of work that stages in a row do in a step of one second, at most.
+
+    Each one starts after the first microbatch has passed all earlier ones, and these take the last
+    one back after it.
+    """
+    return microbatches * (1 - (1 - 1 / microbatches) ** stages)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +56,18 @@ class PipelineShape:
 
     @property
     def in_flight(self) -> float:
-        """Microbatches in flight in a stage, on the average of all stages."""
+        """Microbatches in flight in a stage under "1f1b", on the average of all stages."""
         return min(self.microbatches, (self.stages + 1) / 2)
 
     @property
     def passes(self) -> int:
-        """Length of a step, in passes of one microbatch through a stage."""
+        """Length of a step of equal stages, in passes of one microbatch through a stage."""
         return self.microbatches + self.stages - 1
+
+    @property
+    def capacity(self) -> float:
+        """Seconds of work that all stages together do in a step of one second, at most."""
+        return most_work(self.stages, self.microbatches)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +105,7 @@ class Division:
 
     ends: Sequence[int]
     rematerialized: Sequence[int]
+    schedule: str
 
 
 @dataclass(frozen=True)
@@ -115,17 +137,22 @@ class Runs:
         figures: OperatorFigures,
         entering: Sequence[float],
         hop_seconds: Sequence[float],
+        schedule: str = SCHEDULES[0],
     ) -> None:
         """Runs with their figures.
 
         Args:
             entering: Bytes of a microbatch that enter each run.
-            hop_seconds: Seconds of a microbatch to each run and back.
+            hop_seconds: Seconds of a microbatch to each run and back, for which a stage waits.
+            schedule: "1f1b" or "eager-1f1b".
         """
         self.shape = shape
         self.entering = entering
+        self.schedule = schedule
         self.count = len(entering)
         self.hops = [*(shape.microbatches * seconds for seconds in hop_seconds), 0.0]
+        self.delay = 0.0 if schedule == SCHEDULES[0] else 1 / shape.microbatches
+        """Seconds that a stage has less than the first one, per second of the stages before it."""
         # The backward pass of a run needs its gradients, and its values if they are rematerialized.
         largest = float(figures.activations[:-1].max(initial=0.0))
         self.working_bytes = shape.forward_passes * largest
@@ -147,7 +174,7 @@ class Runs:
         return sorted(kinds, key=lambda kind: kind.seconds / kind.freed_bytes)
 
     def divide(self, limit_bytes: float) -> Division | None:
-        """The division whose slowest stage is fastest, None if none fits in `limit_bytes`.
+        """The division whose last stage ends first, None if none fits in `limit_bytes`.
 
         Of equally fast divisions, it is the one whose fullest stage is smallest.
         """
@@ -175,7 +202,7 @@ class Runs:
             else:
                 capacity = middle
                 ends = attempt
-        return Division(ends, self._rematerialized_runs(ends, capacity))
+        return Division(ends, self._rematerialized_runs(ends, capacity), self.schedule)
 
     def _fill(
         self,
@@ -185,11 +212,15 @@ class Runs:
         """The last runs of stages, each as full as possible; None if runs remain."""
         ends: list[int] = []
         begin = 0
+        earlier = 0.0
+        """Seconds of the stages before."""
         for stage in range(self.shape.stages):
             # Each later stage gets one run at least.
             latest = self.count - self.shape.stages + stage + 1
-            by_seconds = bisect_right(self.seconds, self.seconds[begin] + slowest, begin) - 1
+            most_seconds = slowest - self.delay * earlier
+            by_seconds = bisect_right(self.seconds, self.seconds[begin] + most_seconds, begin) - 1
             low = begin
+            stage_seconds = 0.0
             high = min(latest, by_seconds)
             while low < high:
                 middle = (low + high + 1) // 2
@@ -199,14 +230,16 @@ class Runs:
                     stage,
                     capacity,
                 )
-                if need.missing_bytes <= 0 and need.stage_seconds <= slowest:
+                if need.missing_bytes <= 0 and need.stage_seconds <= most_seconds:
                     low = middle
+                    stage_seconds = need.stage_seconds
                 else:
                     high = middle - 1
             if low == begin:
                 return None
             ends.append(low - 1)
             begin = low
+            earlier += stage_seconds
         return ends if begin == self.count else None
 
     def _stage(
@@ -217,7 +250,8 @@ class Runs:
         capacity: float,
     ) -> _Rematerialized:
         """The stage of runs `begin` to `end` (exclusive), rematerialized as memory needs."""
-        in_flight = min(self.shape.microbatches, self.shape.stages - stage)
+        later_stages = self.shape.stages - stage - 1
+        in_flight = most_in_flight(self.schedule, self.shape.microbatches, later_stages)
         activations = self.activations[end] - self.activations[begin] + self.entering[begin]
         fixed = self.fixed[end] - self.fixed[begin]
         missing = fixed + activations * in_flight - capacity

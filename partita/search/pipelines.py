@@ -3,10 +3,10 @@
 A *shape* is a number of stages (the slow axes of the mesh number them), of microbatches, and
 rematerialization or not. Three steps lead from shapes to a plan:
 
-1. A lower bound: equal stages that send nothing. Shapes that cannot beat the best plan are dropped.
+1. A lower bound: stages that send nothing. Shapes that cannot beat the best plan are dropped.
 2. A *sketch*, some hundredths of a second: operators, equal ones as one (`search.fold`), are split
    over the remaining axes by the exact search, then divided into stages in the order of the model
-   (`search.pipeline_division`).
+   (`search.pipeline_division`), for each schedule.
 3. A simulation with memory, of the sketches that look fastest.
 
 Alpa (Zheng et al., OSDI 2022) has the two levels, stages outside and splits inside. Here every
@@ -327,13 +327,13 @@ class PipelineSpace:
         return abs(math.log(shape.microbatches / usual)), shape.rematerialize
 
     def lower_bound(self, shape: PipelineShape) -> float:
-        """Seconds of a step with equal stages that send nothing and rematerialize nothing.
+        """Seconds of a step with stages that end together, send and rematerialize nothing.
 
         A shape that rematerializes does so in as few runs as its memory demands.
         """
         seconds = self.kernel_seconds
         whole = seconds["forward"] + seconds["backward"]
-        pipelined = whole * shape.passes / shape.microbatches
+        pipelined = whole * shape.stages / shape.capacity
         return (pipelined + seconds["update"]) / self.mesh.size
 
     def min_bytes(self, shape: PipelineShape) -> float:
@@ -454,7 +454,7 @@ class PipelineSpace:
         """Whether a plan was simulated before: a shape that may rematerialize need not do it."""
         choices = tuple(tuple(choice.items()) for choice in plan.choices.values())
         storage = tuple(plan.storage.items())
-        key = hash((plan.microbatches, plan.recompute, choices, storage))
+        key = hash((plan.microbatches, plan.schedule, plan.recompute, choices, storage))
         if key in self.simulated:
             return True
         self.simulated.add(key)
@@ -496,6 +496,7 @@ class PipelineSpace:
             mesh=self.mesh,
             choices=choices,
             microbatches=shape.microbatches,
+            schedule=division.schedule,
             recompute=tuple(runs),
         )
 

@@ -47,6 +47,7 @@ from partita.plans.phases import DataFlow
 from partita.plans.plan import TIME, Axis, Mesh
 from partita.search.base import Array
 from partita.search.bound import lower_bounds_by_operator
+from partita.search.pipeline_division import most_work
 from partita.search.relaxation import Relaxed, Times, relax
 from partita.simulation.base import DISPATCH_SECONDS
 
@@ -80,11 +81,6 @@ class StagedShape(NamedTuple):
         """Whether microbatches of another shape on the same devices are cut into smaller ones."""
         is_cut = self.microbatches % other.microbatches == 0
         return self.inner == other.inner and is_cut
-
-    def capacity(self, stages: int) -> float:
-        """Seconds of work that some stages in a row do in a step of one second, at most."""
-        share = 1 / self.microbatches
-        return self.microbatches * (1 - (1 - share) ** stages)
 
 
 class Work(NamedTuple):
@@ -214,7 +210,7 @@ class StagedBound:
         bounds = []
         for in_row in range(1, shape.stages + 1):
             rest = work - (shape.stages - in_row) * aside
-            bounds.append(rest / shape.capacity(in_row))
+            bounds.append(rest / most_work(in_row, shape.microbatches))
         return max(0.0, min(bounds))
 
     def _between_stages(self, relaxed: Relaxed, stages: int) -> float:

@@ -25,7 +25,7 @@ from partita.machine import Backend
 from partita.plans.layout import Layout, shard_bytes
 from partita.plans.piece_graph import piece_graph
 from partita.plans.pieces import Cut, Piece
-from partita.plans.pipeline import in_flight, is_whole_pass
+from partita.plans.pipeline import PER_LATER_STAGE, in_flight, is_whole_pass
 from partita.plans.plan import Mesh, Plan
 
 
@@ -206,11 +206,11 @@ class PieceMemories:
         """Microbatches whose gradients have arrived from later stages, at most.
 
         With "gpipe" a later stage finishes all backward passes first. With "1f1b" it runs two of
-        them before it waits.
+        them before it waits, with "eager-1f1b" four.
         """
         if self.plan.schedule == "gpipe":
             return self.plan.microbatches
-        return min(2, in_flight(self.plan, stage))
+        return min(PER_LATER_STAGE[self.plan.schedule] + 1, in_flight(self.plan, stage))
 
     def _temporaries(self, number: int) -> tuple[int, str]:
         """(bytes of a piece's temporaries, the operator at their peak)."""

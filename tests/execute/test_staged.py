@@ -29,6 +29,7 @@ from partita.plans.baselines import BASELINES
 from partita.plans.check import check
 from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Axis, Mesh, Plan
+from partita.plans.schema import SCHEDULES
 from partita.simulation.pipelined import PipelinedStep
 
 FLOOR = 1e-3
@@ -148,9 +149,9 @@ def compare(model: keras.Model, plan_of: Callable[..., Plan], steps: int = 2):
     return step, difference((logs, ours), (their_logs, theirs))
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_two_stages_in_four_microbatches_equal_one_device(schedule: str):
-    model, plan_of = (mlp, halves_apart) if schedule == "1f1b" else (normalized, first_apart)
+    model, plan_of = (normalized, first_apart) if schedule == "gpipe" else (mlp, halves_apart)
     step, largest = compare(
         model(), lambda graph: plan_of(graph, microbatches=4, schedule=schedule)
     )

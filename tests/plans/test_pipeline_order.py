@@ -5,6 +5,7 @@ import pytest
 from partita.errors import PlanError
 from partita.plans.pipeline import Pass, order, stage_schedule
 from partita.plans.plan import Mesh, Plan
+from partita.plans.schema import SCHEDULES
 
 WAITS = {
     (1, "forward"): [(0, "forward")],
@@ -37,7 +38,7 @@ def test_two_stages_and_two_microbatches_by_hand():
     ]
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("microbatches", [1, 3, 8])
 def test_every_stage_follows_its_schedule_and_waits(microbatches: int, schedule: str):
     plan = two_stages(microbatches, schedule)

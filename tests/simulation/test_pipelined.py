@@ -23,6 +23,7 @@ from partita.plans.pipeline import (
     stage_schedule,
 )
 from partita.plans.plan import Mesh, Plan
+from partita.plans.schema import SCHEDULES
 from partita.search.find import mesh_of
 from partita.simulation import pipelined
 from partita.simulation.engine import run
@@ -91,7 +92,7 @@ def test_one_stage_and_one_microbatch_equal_the_uniform_step(
     assert staged.peak_bytes == whole.peak_bytes
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_equal_stages_take_microbatches_plus_earlier_stages_by_hand(
     schedule: str, count: int
@@ -118,7 +119,7 @@ def test_transfers_between_stages_take_turns_on_the_link_by_hand() -> None:
 
 def test_schedules_have_the_stated_microbatches_in_flight() -> None:
     graph = GRAPHS["mlp"]
-    for schedule, held in (("gpipe", (8, 8)), ("1f1b", (2, 1))):
+    for schedule, held in (("gpipe", (8, 8)), ("1f1b", (2, 1)), ("eager-1f1b", (4, 1))):
         plan = in_two(graph, machine(), microbatches=8, schedule=schedule)
         for stage in (0, 1):
             flying = most = 0
