@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -71,6 +71,17 @@ class OperatorState:
         return StorageRule(self.zero, self.outermost, offload=self.offload)
 
 
+class MicrobatchSums(NamedTuple):
+    """Seconds by state of the sums of an operator's gradients over several microbatches."""
+
+    adding: Array
+    """A device adds the gradients of a microbatch to their sums."""
+    repeated: Array
+    """Devices sum gradients of a microbatch, before overlap."""
+    waiting: Array
+    """Devices sum gradients that they have added up."""
+
+
 @dataclass(frozen=True, eq=False)
 class CostNetwork(EqualByContent):
     """The cost network of a graph on a mesh of a machine, and the meaning of its states."""
@@ -86,6 +97,8 @@ class CostNetwork(EqualByContent):
     """Per operator, by state: bytes of forward values that the backward pass reads."""
     gradients: Sequence[Array]
     """Per operator, by state: bytes of the gradients of its variables."""
+    sums: Sequence[MicrobatchSums]
+    """Per operator: the sums of its gradients in a step of several microbatches."""
     moves: Mapping[MoveKey, Array]
     """Seconds of moves, [state of home, state of reader]."""
     move_kinds: Mapping[MoveKey, int] = field(compare=False)
@@ -273,6 +286,7 @@ def build(
         parts=[cost.parts for cost in costs],
         activations=[cost.activations for cost in costs],
         gradients=[cost.gradients for cost in costs],
+        sums=[cost.sums for cost in costs],
         moves=tables.of_kinds(tables.move_kinds),
         move_kinds=tables.move_kinds,
         deals_singly=deals_singly,
@@ -289,6 +303,7 @@ class _StateCosts:
     parts: Array
     activations: Array
     gradients: Array
+    sums: MicrobatchSums
 
 
 def _state_costs(
@@ -308,9 +323,23 @@ def _state_costs(
     costs = [operator_cost(terms, placement, assignments, rule) for rule in rules]
     positions = [_positions(graph, operator, choice) for choice in choices]
     gradients = []
+    added = []
     for assignment in assignments:
-        nbytes = [_local_bytes(variable, assignment, placement) for variable in terms.stored]
-        gradients.append(float(sum(nbytes)))
+        gradient_bytes = 0.0
+        added_bytes = 0.0
+        for variable in terms.stored:
+            count = _shard_count(variable, assignment, placement)
+            gradient_bytes += variable.nbytes / count
+            added_bytes += variable.added / count
+        gradients.append(gradient_bytes)
+        added.append(added_bytes)
+    sums = MicrobatchSums(
+        adding=np.tile(
+            np.array(added) / placement.machine.bandwidth_for(np.array(added)), len(rules)
+        ),
+        repeated=np.concatenate([cost.microbatch_sum_seconds for cost in costs]),
+        waiting=np.concatenate([cost.waiting_sum_seconds for cost in costs]),
+    )
     pairs = itertools.product(rules, positions)
     return _StateCosts(
         states=[
@@ -321,14 +350,14 @@ def _state_costs(
         parts=np.concatenate([cost.parts() for cost in costs], axis=1),
         activations=np.concatenate([cost.activation_bytes for cost in costs]),
         gradients=np.tile(gradients, len(rules)),
+        sums=sums,
     )
 
 
-def _local_bytes(variable: StoredVariable, assignment: Assignment, placement: Placement) -> float:
-    """Bytes of a variable on one device."""
+def _shard_count(variable: StoredVariable, assignment: Assignment, placement: Placement) -> int:
+    """Number of parts into which a choice splits a variable."""
     sharding = label_sharding(variable.label, assignment)
-    axes = [axis for dim_axes in sharding for axis in dim_axes]
-    return variable.nbytes / placement.shard_count(axes)
+    return placement.shard_count([axis for dim_axes in sharding for axis in dim_axes])
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,11 +68,17 @@ class ShapeCosts:
         gather_forward = row["gather", "forward"] * self.exposed_share
         gather_backward = row["gather", "backward"] * self.exposed_share
         gather_once = row["gather", "update"] * self.exposed_share
-        sums = row["sum", "backward"] * self.exposed_share
-        once = row["compute", "update"] + row["exchange", "update"] + sums + gather_once
+        sums = network.sums[operator]
+        if self.shape.microbatches == 1:
+            added = 0.0
+            summed = row["sum", "backward"] * self.exposed_share
+        else:
+            added = sums.adding + sums.repeated * self.exposed_share
+            summed = sums.waiting
+        once = row["compute", "update"] + row["exchange", "update"] + summed + gather_once
         compute = row["compute", "forward"] + gather_forward
         exchange = row["exchange", "forward"]
-        backward_compute = row["compute", "backward"] + gather_backward
+        backward_compute = row["compute", "backward"] + gather_backward + added
         backward_exchange = row["exchange", "backward"]
         forward = compute + exchange
         exposed_forward = compute + self.exposed_share * exchange

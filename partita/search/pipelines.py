@@ -541,6 +541,7 @@ class _Sketcher:
             parts=[],
             activations=[],
             gradients=[],
+            sums=[],
             moves={},
             move_kinds={},
         )
