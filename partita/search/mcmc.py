@@ -67,7 +67,7 @@ def run_chains(
     stopped = False
     options = _options(problem)
     rng = np.random.default_rng(seed)
-    length = max(CHUNK, LENGTH * int(problem.states.sum()))
+    length = chain_length(problem)
     schedule = _schedule(length, proposals) if len(options.free) else iter(())
     try:
         for chain, done, count in schedule:
@@ -107,6 +107,11 @@ def run_chains(
         stopped=stopped,
     )
     return result, made
+
+
+def chain_length(problem: Simulated) -> int:
+    """Proposals of one chain."""
+    return max(CHUNK, LENGTH * int(problem.states.sum()))
 
 
 def _temperature(progress: float) -> float:

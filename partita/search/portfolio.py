@@ -3,7 +3,8 @@
     elimination  the least sum, exactly; a shorter step may exist where collectives overlap
     mcmc         Markov chains from the baselines alone, as in FlexFlow
     exhaustive   the shortest step, proved, without a time limit of its own
-    portfolio    elimination, chains from its plan and all baselines, a proof for small networks
+    portfolio    elimination, chains from its plan and all baselines, a proof for small networks;
+                 on large ones a descent first (`search.descent`)
 
 The seconds of a result are those of the simulated step. Its bound holds for every plan of the
 space, whichever search states it.
@@ -20,17 +21,20 @@ from functools import cached_property
 import numpy as np
 
 from partita.search.base import Problem, Report, SearchResult, States
+from partita.search.descent import descend
 from partita.search.elimination import eliminate
 from partita.search.exhaustive import prove
-from partita.search.mcmc import run_chains
+from partita.search.mcmc import chain_length, run_chains
 from partita.search.network import CostNetwork
 from partita.search.optional import PROOF
 from partita.search.reduce import Reduced, reduce
-from partita.search.simulated import Simulated, relaxed, simulated
+from partita.search.simulated import Simulated, relaxed, simulated, weighted
 
 PROPOSALS = 1 << 27
 """Proposals of chains times tasks of the step, unless seconds are given: a second or two."""
 MIN_PROPOSALS = 20_000
+DESCENT = 1 << 25
+"""Steps that a descent simulates times tasks of the step, at most: about half a second."""
 MIN_GAIN = 0.01
 """Least relative gain of a plan over the exact one, which is the more regular plan.
 
@@ -83,6 +87,11 @@ class SearchSpace:
     def reduced_relaxed(self) -> Reduced:
         """The lower bound, reduced."""
         return reduce(self.relaxed)
+
+    @property
+    def halfway(self) -> float:
+        """Share of moves halfway between those of the lower bound and all of them."""
+        return 1 - self.network.placement.machine.backend.overlap / 2
 
     @property
     def overlaps(self) -> bool:
@@ -173,6 +182,8 @@ def portfolio(space: SearchSpace, limits: Limits) -> SearchResult:
     if not space.overlaps or not exact.feasible or exact.stopped:
         return exact
     starts = [exact.states, lower_states, *space.baselines]
+    if _is_large(space.simulated):
+        starts.append(_descended(space, limits, starts))
     result = _sampled(space, limits, starts, exact.bound)
     out_of_time = limits.seconds is not None and time.perf_counter() - begin > limits.seconds
     provable = result.gap > 0 and len(space.network.states) <= SMALL
@@ -182,6 +193,29 @@ def portfolio(space: SearchSpace, limits: Limits) -> SearchResult:
     if exact.seconds <= result.seconds * (1 + MIN_GAIN):
         result = replace(result, states=exact.states, seconds=exact.seconds, nbytes=exact.nbytes)
     return replace(result, history=(*exact.history, *result.history))
+
+
+def _is_large(problem: Simulated) -> bool:
+    """Whether a network has so many states that no Markov chain ends."""
+    return chain_length(problem) > _proposals(problem)
+
+
+def _proposals(problem: Simulated) -> int:
+    """Proposals of all chains without a time limit."""
+    return max(MIN_PROPOSALS, PROPOSALS // max(1, problem.tasks.count))
+
+
+def _descended(space: SearchSpace, limits: Limits, starts: Sequence[Sequence[int]]) -> States:
+    """The states below the best of some starts, and of the one between the two additive problems.
+
+    In a step some moves delay kernels for all of their time and others for a part of it.
+    """
+    problem = space.simulated
+    between = reduce(weighted(space.network, space.halfway))
+    states = between.lift(eliminate(between.problem, limits.budget).states)
+    fitting = [s for s in (states, *starts) if problem.memory_bytes(s) <= limits.budget]
+    best = min(fitting, key=problem.seconds)
+    return descend(problem, best, limits.budget, DESCENT // max(1, problem.tasks.count))
 
 
 def _proved(
@@ -218,7 +252,7 @@ def _sampled(
     proposals = None
     seconds = limits.seconds
     if seconds is None:
-        proposals = max(MIN_PROPOSALS, PROPOSALS // max(1, problem.tasks.count))
+        proposals = _proposals(problem)
         seconds = np.inf
     result, _ = run_chains(
         problem,

@@ -243,11 +243,19 @@ def relaxed(network: CostNetwork) -> Problem:
     One stream runs all of that, task after task, so no plan's step is shorter. The optimum of this
     problem is a lower bound on every plan.
     """
+    return weighted(network, 1 - network.placement.machine.backend.overlap)
+
+
+def weighted(network: CostNetwork, awaited: float) -> Problem:
+    """The additive problem of kernels and of shares of collectives.
+
+    Sums and gathers count for the time that they delay kernels. Exchanges and moves, for which
+    kernels wait, count for the share `awaited`.
+    """
     problem = network.problem
     visible = 1 - network.placement.machine.backend.overlap
-    weights = []
-    for kind, _ in PARTS:
-        weights.append(1.0 if kind == "compute" else visible)
+    shares = {"compute": 1.0, "exchange": awaited, "sum": visible, "gather": visible}
+    weights = [shares[kind] for kind, _ in PARTS]
     seconds: dict[int, Array] = {}
     for kind, parts in zip(problem.kinds, network.parts, strict=True):
         if kind not in seconds:
@@ -255,7 +263,7 @@ def relaxed(network: CostNetwork) -> Problem:
     tables: dict[int, Array] = {}
     for ends, kind in problem.table_kinds.items():
         if kind not in tables:
-            tables[kind] = problem.tables[ends] * visible
+            tables[kind] = problem.tables[ends] * awaited
     return replace(
         problem,
         seconds=[seconds[kind] for kind in problem.kinds],
