@@ -49,9 +49,12 @@ class ShapeCosts:
         self,
         network: CostNetwork,
         shape: PipelineShape,
+        stored_share: float = 1.0,
     ) -> None:
+        """`stored_share`: share of activations that a compiler stores, and does not recompute."""
         self.network = network
         self.shape = shape
+        self.stored_share = stored_share
         self.exposed_share = 1 - network.placement.machine.backend.overlap
         shared: dict[int, OperatorFigures] = {}
         self.figures: list[OperatorFigures] = []
@@ -92,7 +95,7 @@ class ShapeCosts:
             exposed_forward=exposed_forward,
             once=once,
             fixed=variables + network.gradients[operator],
-            activations=activations,
+            activations=activations * self.stored_share,
         )
 
     def problem(self) -> Problem:

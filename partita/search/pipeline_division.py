@@ -204,6 +204,13 @@ class Runs:
                 ends = attempt
         return Division(ends, self._rematerialized_runs(ends, capacity), self.schedule)
 
+    def stored_bytes(self, division: Division, stage: int) -> float | None:
+        """Activations of a microbatch in a stage, None if some are rematerialized."""
+        begin, end = list(_bounds(division.ends))[stage]
+        if any(begin <= run < end for run in division.rematerialized):
+            return None
+        return self.activations[end] - self.activations[begin] + self.entering[begin]
+
     def _fill(
         self,
         slowest: float,

@@ -70,6 +70,8 @@ CHOICES = 50
 NEIGHBOUR = 0.99
 """Guessed seconds of shapes with half or twice the microbatches of the fastest sketch with as many
 stages, relative to that sketch: they are sketched before it is simulated."""
+LEAST_STORED = 0.1
+"""Least share of activations that stages store, and the least difference from all of them."""
 NETWORKS = 4
 """Cost networks in memory: shapes with and without rematerialization share theirs."""
 
@@ -116,7 +118,12 @@ def pipelines(
             sketches += 1
             queue.put(space.sketch(candidate, limits.budget, TRIES))
             continue
+        stored_share = space.stored_share
         outcome = space.simulate(candidate, best_seconds)
+        if space.stored_share != stored_share:
+            # All shapes need less memory than their sketches so far.
+            queue = _Queue(space)
+            sketches = 0
         if isinstance(outcome, Sketch):
             queue.put(outcome)
         elif outcome is not None and outcome.seconds < best_seconds:
@@ -266,6 +273,9 @@ class PipelineSpace:
     limit_bytes: float
     simulated: set[int] = field(default_factory=set)
     """Plans that were simulated."""
+    stored_share: float = 1.0
+    """Share of all activations that stages store. Compilers compute light ones again, as a step
+    whose memory was simulated shows."""
     _networks: dict[tuple[int, int], CostNetwork] = field(default_factory=dict)
     _independent: dict[int, bool] = field(default_factory=dict)
 
@@ -340,7 +350,8 @@ class PipelineSpace:
         """Lower bound of the bytes of one device of each stage, all stages together."""
         activations = 0.0
         if not shape.rematerialize:
-            activations = self.activation_bytes / shape.microbatches * shape.in_flight
+            stored_bytes = self.activation_bytes * self.stored_share
+            activations = stored_bytes / shape.microbatches * shape.in_flight
         return (self.variable_bytes + activations) * shape.stages / self.mesh.size
 
     def sketch(
@@ -356,7 +367,7 @@ class PipelineSpace:
         """
         if not tries or self.min_bytes(shape) > limit_bytes * shape.stages:
             return None
-        costs = ShapeCosts(self._network(shape), shape)
+        costs = ShapeCosts(self._network(shape), shape, self.stored_share)
         problem = costs.problem()
         min_bytes = sum(float(nbytes.min()) for nbytes in problem.nbytes)
         if min_bytes > limit_bytes * shape.stages:
@@ -438,6 +449,7 @@ class PipelineSpace:
                 # The simulation runs here: stages that wait for each other are a PlanError.
                 if step.seconds >= best_seconds:
                     return None
+                self._learn(sketch, division, step)
                 if step.peak_bytes <= self.limit_bytes:
                     return step
                 limit_bytes *= min(0.98, self.limit_bytes / step.peak_bytes)
@@ -449,6 +461,21 @@ class PipelineSpace:
             sketch.tries,
             sketch.price,
         )
+
+    def _learn(self, sketch: Sketch, division: Division, step: PipelinedStep) -> None:
+        """Takes the share of stored activations from the first step whose memory is simulated."""
+        if self.stored_share < 1.0:
+            return
+        expected_bytes = 0.0
+        stored_bytes = 0.0
+        for stage, memory in enumerate(step.memories):
+            expected = sketch.runs.stored_bytes(division, stage)
+            if expected is not None:
+                expected_bytes += expected
+                stored_bytes += memory.microbatch_bytes
+        if expected_bytes > 0:
+            share = max(LEAST_STORED, stored_bytes / expected_bytes)
+            self.stored_share = share if share < 1 - LEAST_STORED else 1.0
 
     def _is_known(self, plan: Plan) -> bool:
         """Whether a plan was simulated before: a shape that may rematerialize need not do it."""
