@@ -232,7 +232,7 @@ class PipelinedStep(SimulatedStep):
         passes = []
         for stage in range(self.stages):
             own = stage_of_slot == stage
-            key = seconds[own].tobytes()
+            key = seconds[own].tobytes() + repeated[own].tobytes()
             if key not in by_seconds:
                 stage_seconds = np.where(own, seconds - update_sums, 0.0)
                 repeated_seconds = length(stage_seconds, repeated) if repeated.any() else 0.0

@@ -124,3 +124,39 @@ def test_a_mask_that_every_device_makes_is_no_operators_own_work(
     assert not [
         own.name for own in terms.operators for w in own.work if w.flops > 1e8 and not w.factors
     ]
+
+
+def test_the_first_simulated_memory_gives_the_share_of_activations_that_stages_store(
+    graph: OperatorGraph, terms: Terms
+) -> None:
+    where = machine()
+    placement = Placement(where, mesh_of(where))
+    space = PipelineSpace(graph, placement, terms, int(where.memory_bytes))
+    shape = next(s for s in space.shapes(2) if s.microbatches == 32 and not s.rematerialize)
+    sketch = space.sketch(shape, space.limit_bytes, 1)
+    assert sketch is not None
+    twice = [2 * nbytes for nbytes in sketch.runs.activations]
+    sketch.runs.activations = twice
+    sketch.runs.entering = [2 * nbytes for nbytes in sketch.runs.entering]
+    step = space.simulate(sketch)
+    assert isinstance(step, PipelinedStep) and not step.plan.recompute
+    assert space.stored_share == pytest.approx(0.5, rel=0.1)
+    stored_bytes = sum(memory.microbatch_bytes for memory in step.memories)
+    assert sketch.runs.stored_bytes(sketch.runs.divide(space.limit_bytes), 0) is not None
+    assert sum(twice) and stored_bytes == pytest.approx(space.stored_share * twice[-1], rel=0.1)
+    later = space.sketch(shape, space.limit_bytes, 1)
+    assert later is not None and later.runs.activations[-1] == pytest.approx(twice[-1] / 4, rel=0.1)
+
+
+def test_one_of_equal_stages_is_rematerialized(graph: OperatorGraph, terms: Terms) -> None:
+    where = machine()
+    plan = pipeline(graph, where, 3, 8, again=False)
+    stored = PipelinedStep.of(graph, where, plan, terms)
+    names = [operator.name for operator in graph.operators]
+    for stage in (2, 4):
+        members = [
+            name for name, other in zip(names, stored.stage_of, strict=True) if other == stage
+        ]
+        step = stored.with_plan(replace(plan, recompute=((members[0], members[-1]),)))
+        longer = [a.backward > b.backward for a, b in zip(step.passes, stored.passes, strict=True)]
+        assert longer == [number == stage for number in range(8)]
