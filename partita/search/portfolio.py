@@ -183,7 +183,10 @@ def portfolio(space: SearchSpace, limits: Limits) -> SearchResult:
         return exact
     starts = [exact.states, lower_states, *space.baselines]
     if _is_large(space.simulated):
-        starts.append(_descended(space, limits, starts))
+        try:
+            starts.append(_descended(space, limits, starts))
+        except KeyboardInterrupt:
+            return replace(exact, stopped=True)
     result = _sampled(space, limits, starts, exact.bound)
     out_of_time = limits.seconds is not None and time.perf_counter() - begin > limits.seconds
     provable = result.gap > 0 and len(space.network.states) <= SMALL

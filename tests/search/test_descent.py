@@ -66,6 +66,17 @@ def test_large_networks_descend_before_their_chains(monkeypatch: pytest.MonkeyPa
     ) >= with_descent * (1 - 1e-3)
 
 
+def test_ctrl_c_in_a_descent_takes_the_exact_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(portfolio_module, "_is_large", lambda _: True)
+    monkeypatch.setattr(portfolio_module, "descend", interrupted)
+    small = space("mlp")
+    result = portfolio(small, Limits())
+    assert result.stopped and result.states == small.exact(Limits())[0].states
+
+
 def test_moves_count_between_their_delay_and_all_of_their_time() -> None:
     network = space("transformer").network
     least, all_of_them = relaxed(network), weighted(network, 1.0)
