@@ -92,7 +92,7 @@ def test_what_is_found_is_no_slower_than_an_experts_pipeline_in_the_same_memory(
     )
     placement = Placement(where, mesh_of(where))
     search = BestStep()
-    search.follow(pipelines(graph, placement, terms, Limits(expert.peak_bytes, seconds=60)))
+    search.follow(pipelines(graph, placement, terms, Limits(expert.peak_bytes)))
     best = search.step
     assert best is not None and best.peak_bytes <= expert.peak_bytes
     assert best.seconds <= expert.seconds
