@@ -7,7 +7,9 @@ stay in memory until then:
 - The gradient of a bias or of a scale, a reduction that needs no sum over devices, waits for the
   end of the backward pass.
 - The product for the gradient of a weight waits for a collective that the backward pass needs. The
-  last collective takes the last gradients before it, the one before takes those before them.
+  last collective takes the last gradients before it, the one before takes those before them. That
+  for the gradient of a stored weight waits for the next gather of variables at least. Beyond the
+  memory of a device, no kernel is delayed further than to that gather.
 - The loss, for whose number no gradient waits, is computed at the end of the backward pass where
   its sum over devices is joined with the sums of gradients.
 
@@ -20,13 +22,15 @@ Two kinds of reductions:
 
 A forward value that the backward pass computes again is often joined with the kernel of a gradient
 that reads the same tensor, as of an activation function. Then it is in memory beside that gradient.
+Other kernels that read it, such as the product for the gradient of a weight, wait for that kernel.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from partita.cost.fusion import PRODUCTS, Fusion, reads
 from partita.cost.joined import computes_rows, joined_kernels
@@ -72,8 +76,17 @@ def first_backward(graph: OperatorGraph) -> int:
     return next(backward, len(graph.instructions))
 
 
-def delayed_kernels(graph: OperatorGraph, layout: Layout, fused: Fusion) -> dict[int, Delay]:
+def delayed_kernels(
+    graph: OperatorGraph,
+    layout: Layout,
+    fused: Fusion,
+    gathers: Sequence[int] = (),
+    is_limited: bool = False,
+) -> dict[int, Delay]:
     """Root of a delayed kernel -> its delay.
+
+    `gathers` are the `gather_times`. If the memory of a device limits delays (`is_limited`), no
+    kernel is delayed beyond the next of them.
 
     None in a plan with offloaded slots: compiled with tensor parallelism, it delays nothing. (On
     one device, all weight gradients follow those of inputs then, below the peak.)
@@ -84,12 +97,17 @@ def delayed_kernels(graph: OperatorGraph, layout: Layout, fused: Fusion) -> dict
         root: Delay(_end_of_backward(graph), frozenset(tensors))
         for root, tensors in delayed_reductions(graph, layout, fused).items()
     }
-    for root, time in _delayed_products(graph, layout, fused).items():
+    products = _delayed_products(graph, layout, fused)
+    products |= _delayed_slices(graph, fused, layout, gathers)
+    for root, time in products.items():
         delays[root] = Delay(time, frozenset(reads(graph, fused.kernels[root])))
     for root in _delayed_losses(graph, layout, fused):
-        tensors = frozenset(reads(graph, fused.kernels[root]))
-        delays[root] = Delay(_end_of_backward(graph), tensors)
-    return delays
+        delays[root] = Delay(_end_of_backward(graph), _reads_of_quotients(graph, fused, root))
+    if is_limited:
+        for root, delay in delays.items():
+            time = next((time for time in gathers if time > root), root)
+            delays[root] = replace(delay, time=min(delay.time, time))
+    return {root: delay for root, delay in delays.items() if delay.time > root}
 
 
 def _delayed_losses(graph: OperatorGraph, layout: Layout, fused: Fusion) -> list[int]:
@@ -101,15 +119,37 @@ def _delayed_losses(graph: OperatorGraph, layout: Layout, fused: Fusion) -> list
     awaited = _awaited_by_gradients(graph)
     if not awaited:
         return []
-    roots = []
-    for root in fused.kernels:
-        if graph.instructions[root].phase == "forward" and root not in awaited:
-            roots.append(root)
-    instructions = {i for root in roots for i in fused.kernels[root]} - awaited
-    summed = [i for i in instructions if sums_over_devices(graph, layout, i)]
-    results = [tensor for i in summed for tensor in graph.instructions[i].results]
-    is_joined = bool(results) and not any(graph.tensors[tensor].shape for tensor in results)
-    return roots if is_joined else []
+    late = [
+        i
+        for i, x in enumerate(graph.instructions)
+        if x.phase == "forward" and i not in awaited and sums_over_devices(graph, layout, i)
+    ]
+    results = [tensor for i in late for tensor in graph.instructions[i].results]
+    if any(graph.tensors[tensor].shape for tensor in results):
+        return []
+    source = producers(graph)
+    loss = set(late)
+    for i in reversed(range(max(late, default=-1) + 1)):
+        if i in loss:
+            operands = (source.get(tensor, -1) for tensor in graph.instructions[i].operands)
+            loss.update(operand for operand in operands if operand >= 0 and operand not in awaited)
+    return sorted({root for i in loss for root in fused.computed_in[i]} - awaited)
+
+
+def _reads_of_quotients(graph: OperatorGraph, fused: Fusion, root: int) -> frozenset[int]:
+    """The tensors that a kernel reads, and the operands of the quotients that it divides.
+
+    AlgebraicSimplifier makes (a / b) / c into a / (b * c).
+    """
+    source = producers(graph)
+    kernel = fused.kernels[root]
+    tensors = set(reads(graph, kernel))
+    for i in kernel:
+        if graph.instructions[i].name == "divide":
+            divided = source.get(graph.instructions[i].operands[0], -1)
+            if divided in fused.kernels and graph.instructions[divided].name == "divide":
+                tensors.update(reads(graph, fused.kernels[divided]))
+    return frozenset(tensors)
 
 
 @per_graph
@@ -193,6 +233,47 @@ def _delayed_products(graph: OperatorGraph, layout: Layout, fused: Fusion) -> di
     return delayed
 
 
+def _delayed_slices(
+    graph: OperatorGraph, fused: Fusion, layout: Layout, gathers: Sequence[int]
+) -> dict[int, int]:
+    """Product for the gradient of a stored weight -> the instruction at which it runs.
+
+    It waits for the next gather of variables for the backward pass.
+    """
+    sliced = _sliced(graph, layout)
+    delayed = {}
+    for root in fused.kernels:
+        is_product = graph.instructions[root].name in PRODUCTS
+        if is_product and root in sliced and root in _gradients(graph):
+            delayed[root] = next((time for time in gathers if time > root), root)
+    return delayed
+
+
+def _sliced(graph: OperatorGraph, layout: Layout) -> set[int]:
+    """The instructions of whose results devices read other parts than they compute."""
+    source = producers(graph)
+    return {source.get(read.tensor, -1) for read in layout.reads}
+
+
+def gather_times(graph: OperatorGraph, layout: Layout, combined_bytes: float) -> list[int]:
+    """The instructions before gathers of variables for the backward pass, in their order.
+
+    Gathers of at most `combined_bytes` together are one, which begins after the last gradient that
+    any of them waits for.
+    """
+    source = producers(graph)
+    times: list[int] = []
+    nbytes = math.inf
+    waiting = [(source.get(read.after, -1), read) for read in layout.reads if read.after >= 0]
+    for time, read in sorted(waiting, key=lambda gather: gather[0]):
+        nbytes += graph.tensors[read.tensor].nbytes
+        if nbytes > combined_bytes:
+            times.append(time)
+            nbytes = graph.tensors[read.tensor].nbytes
+        times[-1] = time
+    return times
+
+
 def _summed_dtypes(graph: OperatorGraph, layout: Layout, fused: Fusion) -> set[str]:
     """The dtypes of gradients of parameters that devices sum."""
     return {
@@ -207,8 +288,7 @@ def _weight_gradients(graph: OperatorGraph, layout: Layout, fused: Fusion) -> li
 
     Not those of which a device keeps a slice, as for a stored weight.
     """
-    source = producers(graph)
-    sliced = {source.get(read.tensor) for read in layout.reads}
+    sliced = _sliced(graph, layout)
     merged: dict[int, list[int]] = defaultdict(list)
     """Shared operand -> products that read it."""
     for root in sorted(fused.kernels):
@@ -280,6 +360,34 @@ def joined_repetitions(graph: OperatorGraph, fused: Fusion) -> dict[int, int]:
         end = last.get(joined.start(root), root)
         ends.update(dict.fromkeys(graph.instructions[root].results, end))
     return ends
+
+
+def delayed_by_repetitions(
+    graph: OperatorGraph,
+    fused: Fusion,
+    ends: Mapping[int, int],
+) -> dict[int, Delay]:
+    """Root of a kernel that waits for a forward value computed again -> its delay.
+
+    `ends`: result of a joined kernel -> the instruction at which that runs. Kernels that read
+    results of a waiting kernel wait too.
+    """
+    first = first_backward(graph)
+    repeated = [i for i in fused.kernels if i > first and graph.instructions[i].phase == "forward"]
+    results = {tensor for root in repeated for tensor in graph.instructions[root].results}
+    ready_at = {tensor: ends[tensor] for tensor in results & ends.keys()}
+    """Tensor -> the instruction at which it is computed, if that is later than in program order."""
+    if not ready_at:
+        return {}
+    delays = {}
+    for root, kernel in fused.kernels.items():
+        tensors = frozenset(reads(graph, kernel))
+        time = max((ready_at[tensor] for tensor in tensors & ready_at.keys()), default=-1)
+        is_joined = ends.get(graph.instructions[root].results[0], -1) >= time
+        if time > root and not is_joined:
+            delays[root] = Delay(time, tensors)
+            ready_at.update(dict.fromkeys(graph.instructions[root].results, time))
+    return delays
 
 
 @per_graph

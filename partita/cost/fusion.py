@@ -592,7 +592,12 @@ def _fused_under(
     rules: FusionRules,
 ) -> Fusion:
     graph = graph_key.value
-    layout = layout_key.value
+    barriers, ends = collective_borders(graph, layout_key.value)
+    return cut(graph, fusion(graph, rules, frozenset(ends)), barriers, ends)
+
+
+def collective_borders(graph: OperatorGraph, layout: Layout) -> tuple[set[Reader], set[int]]:
+    """(reads of resharded tensors, instructions whose results devices sum)."""
     pending = pending_sums(graph, layout)
     ends = set(pending.totals.values())
     for communication in communicating(graph):
@@ -603,7 +608,7 @@ def _fused_under(
     barriers = set()
     for read in layout.reads:
         barriers.update(reader for reader in read.readers if reader[0] >= 0)
-    return cut(graph, fusion(graph, rules, frozenset(ends)), barriers, ends)
+    return barriers, ends
 
 
 def reads(graph: OperatorGraph, kernel: Sequence[int]) -> dict[int, list[Reader]]:

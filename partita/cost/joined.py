@@ -6,6 +6,9 @@ once, and does not read its own results. Batch normalization reads its input onc
 moments, and once for both sums of its backward pass.
 
 Kernels are joined if they pass over equally many elements and neither needs the other's result.
+A light value that all its readers compute themselves (PriorityFusion, which runs before) is no
+result that they need: they read its operands. Kernels of rows, as of a softmax, are not joined,
+because another emitter (Triton's) makes them.
 
 The libraries of products add a bias to the result before they write it (CudnnFusedConvRewriter,
 GemmRewriter).
@@ -14,11 +17,11 @@ GemmRewriter).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from partita.cost.fusion import FREE, PRODUCTS, Fusion, reads
+from partita.cost.fusion import ALONE, FREE, PRODUCTS, Fusion, collective_borders, reads
 from partita.graph.flat import HEAVY, LIBRARY_CALLS, Reader
 from partita.graph.operator_graph import (
     IdentityKey,
@@ -26,6 +29,7 @@ from partita.graph.operator_graph import (
     constant_tensors,
     producers,
 )
+from partita.plans.layout import Layout
 
 SEPARATE = {
     "while",
@@ -42,6 +46,8 @@ SEPARATE = {
     *LIBRARY_CALLS,
 }
 """Roots of kernels that are not joined."""
+MOVING = {*ALONE, *SEPARATE, "reduce", "gather", "slice", "dynamic_slice", "reverse", "pad"}
+"""Instructions whose kernels read other elements of an operand than they write."""
 SPREADING = {"broadcast_in_dim", "reshape", "convert"}
 """Instructions that bring a bias to the shape and dtype of a product."""
 Roots = list[int]
@@ -57,9 +63,6 @@ class Joined:
     """Root of a kernel that is not launched by itself -> an earlier root of its joined kernel."""
     biases: frozenset[int]
     """Roots of the kernels that a product's library replaces."""
-    together: tuple[tuple[int, ...], ...]
-    """Roots that one kernel computes. An operand that depends on no argument joins none, because
-    each kernel computes its own part of it."""
 
     def start(self, root: int) -> int:
         """The earliest root of the joined kernel of a root."""
@@ -68,7 +71,7 @@ class Joined:
         return root
 
 
-NONE_JOINED = Joined(frozenset(), {}, frozenset(), ())
+NONE_JOINED = Joined(frozenset(), {}, frozenset())
 
 
 def joined_kernels(graph: OperatorGraph, fused: Fusion) -> Joined:
@@ -80,7 +83,84 @@ def joined_kernels(graph: OperatorGraph, fused: Fusion) -> Joined:
 def _joined_kernels(
     graph_key: IdentityKey[OperatorGraph], fused_key: IdentityKey[Fusion]
 ) -> Joined:
-    return _Joiner(graph_key.value, fused_key.value).joined()
+    graph, fused = graph_key.value, fused_key.value
+    reads_of = {root: reads(graph, kernel) for root, kernel in fused.kernels.items()}
+    biases = _bias_kernels(graph, fused, reads_of)
+    read_by = {root: frozenset(tensors) for root, tensors in reads_of.items()}
+    return _Joiner(graph, fused, read_by, biases).joined()
+
+
+def computed_together(
+    graph: OperatorGraph, layout: Layout, fused: Fusion
+) -> tuple[tuple[int, ...], ...]:
+    """The roots that one kernel computes, in groups of at least two.
+
+    An operand that depends on no argument joins none, because each kernel computes its own part of
+    it.
+    """
+    return _computed_together(IdentityKey(graph), IdentityKey(layout), IdentityKey(fused))
+
+
+@lru_cache(maxsize=2)
+def _computed_together(
+    graph_key: IdentityKey[OperatorGraph],
+    layout_key: IdentityKey[Layout],
+    fused_key: IdentityKey[Fusion],
+) -> tuple[tuple[int, ...], ...]:
+    graph, fused = graph_key.value, fused_key.value
+    barriers, ends = collective_borders(graph, layout_key.value)
+    moved = {graph.instructions[reader].operands[position] for reader, position in barriers}
+    moved.update(tensor for i in ends for tensor in graph.instructions[i].results)
+    reads_of = {root: reads(graph, kernel) for root, kernel in fused.kernels.items()}
+    read_by = _without_light(graph, fused, reads_of, moved)
+    # The library of convolutions reads reversed kernels as they are.
+    apart = {root for root in fused.kernels if graph.instructions[root].name == "reverse"}
+    apart |= {root for root in fused.kernels if computes_rows(graph, fused, root)}
+    apart |= _bias_kernels(graph, fused, reads_of)
+    return _Joiner(graph, fused, read_by, apart).together()
+
+
+def _without_light(
+    graph: OperatorGraph,
+    fused: Fusion,
+    reads_of: Mapping[int, Mapping[int, list[Reader]]],
+    moved: Set[int],
+) -> dict[int, frozenset[int]]:
+    """Root -> the tensors that its kernel reads if readers compute light values themselves.
+
+    Light values are missing as roots. PriorityFusion fuses a kernel into all of its readers if
+    these then move no more tensors of its size than with its result in memory. An operand that a
+    reader reads anyway counts once. Collectives read and write the tensors `moved` in memory.
+    """
+    stored = {*graph.outputs, *moved}
+    remaining = {root: frozenset(tensors) for root, tensors in reads_of.items()}
+    readers: dict[int, set[int]] = defaultdict(set)
+    for root, tensors in remaining.items():
+        for tensor in tensors:
+            readers[tensor].add(root)
+
+    for root in sorted(fused.kernels, reverse=True):
+        names = {graph.instructions[i].name for i in fused.kernels[root]}
+        result = graph.instructions[root].results[0]
+        reading = readers[result]
+        reading_names = {graph.instructions[reader].name for reader in reading}
+        if result in stored or not reading or not names.isdisjoint(MOVING):
+            continue
+        if not reading_names.isdisjoint({*ALONE, *SEPARATE}):
+            continue
+        size = graph.tensors[result].nbytes
+        operands = remaining[root]
+        whole = {tensor for tensor in operands if graph.tensors[tensor].nbytes >= size}
+        read_again = sum(len(whole - remaining[reader]) for reader in reading)
+        if read_again > len(whole) + 1 + len(reading):
+            continue
+        for reader in reading:
+            remaining[reader] = remaining[reader] - {result} | operands
+        for tensor in operands:
+            readers[tensor] |= reading
+            readers[tensor].discard(root)
+        del remaining[root]
+    return remaining
 
 
 def computes_rows(graph: OperatorGraph, fused: Fusion, root: int) -> bool:
@@ -89,22 +169,34 @@ def computes_rows(graph: OperatorGraph, fused: Fusion, root: int) -> bool:
     return "reduce" in names and names[-1] != "reduce"
 
 
-def joined_ends(graph: OperatorGraph, fused: Fusion) -> dict[int, int]:
-    """Result of a joined kernel that some kernel reads -> the root at which the joined one runs.
+def joined_times(
+    graph: OperatorGraph, layout: Layout, fused: Fusion
+) -> list[tuple[tuple[int, ...], int]]:
+    """(roots that one kernel computes, root at which that runs).
 
-    That is the first of its roots after all its operands. All its results are in memory then.
+    That is the first of its roots after all its operands.
     """
     producer = producers(graph)
-    read = {tensor for kernel in fused.kernels.values() for tensor in reads(graph, kernel)}
-    ends = {}
-    for roots in joined_kernels(graph, fused).together:
+    times = []
+    for roots in computed_together(graph, layout, fused):
         sources = {
             producer.get(tensor, -1)
             for root in roots
             for tensor in reads(graph, fused.kernels[root])
         }
         ready = max(sources.difference(roots), default=-1)
-        time = next(root for root in roots if root > ready)
+        times.append((roots, next(root for root in roots if root > ready)))
+    return times
+
+
+def joined_ends(graph: OperatorGraph, layout: Layout, fused: Fusion) -> dict[int, int]:
+    """Result of a joined kernel that some kernel reads -> the root at which the joined one runs.
+
+    All its results are in memory then.
+    """
+    read = {tensor for kernel in fused.kernels.values() for tensor in reads(graph, kernel)}
+    ends = {}
+    for roots, time in joined_times(graph, layout, fused):
         results = {tensor for root in roots for tensor in graph.instructions[root].results}
         ends.update(dict.fromkeys(results & read, time))
     return ends
@@ -159,19 +251,24 @@ def _is_merged(graph: OperatorGraph, readers: Mapping[int, Roots], product: int)
 class _Joiner:
     """Kernels with the tensors that they read, and their ancestors as sets of bits."""
 
-    def __init__(self, graph: OperatorGraph, fused: Fusion) -> None:
+    def __init__(
+        self,
+        graph: OperatorGraph,
+        fused: Fusion,
+        read_by: Mapping[int, frozenset[int]],
+        apart: Set[int],
+    ) -> None:
+        """`read_by`: root -> tensors that its kernel reads. `apart`: roots that are not joined."""
         self.graph = graph
-        self.fused = fused
         self.kernels = fused.kernels
-        reads_of = {root: reads(graph, kernel) for root, kernel in fused.kernels.items()}
-        self.biases = _bias_kernels(graph, fused, reads_of)
-        self.reads = {root: set(tensors) for root, tensors in reads_of.items()}
+        self.reads = read_by
+        self.apart = apart
         self.producer = {
-            tensor: root for root in fused.kernels for tensor in graph.instructions[root].results
+            tensor: root for root in read_by for tensor in graph.instructions[root].results
         }
-        self.bit = {root: 1 << n for n, root in enumerate(sorted(fused.kernels))}
+        self.bit = {root: 1 << n for n, root in enumerate(sorted(read_by))}
         self.ancestors: dict[int, int] = {}
-        for root in sorted(fused.kernels):
+        for root in sorted(read_by):
             found = 0
             for tensor in self.reads[root]:
                 source = self.producer.get(tensor)
@@ -181,49 +278,53 @@ class _Joiner:
 
     def joined(self) -> Joined:
         """The reads that siblings share, and those of a producer's result in its own kernel."""
-        constants = constant_tensors(self.graph)
-        readers: dict[int, Roots] = defaultdict(list)
-        for root in sorted(self.reads):
-            if self._passes_over(root) > 0:
-                for tensor in self.reads[root]:
-                    readers[tensor].append(root)
         saved: set[tuple[int, int]] = set()
         start_of: dict[int, int] = {}
         """Kernel that is a part -> one that it is a part of."""
-        links: dict[int, int] = {}
-        """The same for kernels that share a computed tensor or an argument."""
-        whole_readers: dict[int, Roots] = {}
-        for tensor, roots in readers.items():
-            size = self.graph.tensors[tensor].size
-            whole = [root for root in roots if self._passes_over(root) == size]
-            whole_readers[tensor] = whole
-            for group in self._independent(whole):
-                starts = (
-                    [self.producer[tensor]] if self._joins_producer(tensor, size, group) else []
-                )
-                start, *parts = [*starts, *group]
-                saved.update((root, tensor) for root in parts)
-                start_of.update((root, start) for root in parts if root not in start_of)
-                if tensor not in constants:
-                    links.update((root, start) for root in parts if root not in links)
-        joined = Joined(frozenset(), start_of, self.biases, self._together(links))
-        for tensor, whole in whole_readers.items():
+        for tensor, start, parts in self._siblings():
+            saved.update((root, tensor) for root in parts)
+            start_of.update((root, start) for root in parts if root not in start_of)
+        joined = Joined(frozenset(), start_of, frozenset(self.apart))
+        for tensor, whole in self._whole_readers().items():
             saved.update((root, tensor) for root in _repeated(whole, joined))
         return replace(joined, saved=frozenset(saved))
 
-    def _together(self, links: Mapping[int, int]) -> tuple[tuple[int, ...], ...]:
-        """The roots of joined kernels.
+    def _siblings(self) -> Iterator[tuple[int, int, Roots]]:
+        """(tensor, root, parts): the kernel of the root computes the parts too, which read the
+        tensor."""
+        for tensor, whole in self._whole_readers().items():
+            for group in self._independent(whole):
+                starts = [self.producer[tensor]] if self._joins_producer(tensor, group) else []
+                start, *parts = [*starts, *group]
+                yield tensor, start, parts
 
-        Kernels of rows, as of a softmax, are not joined, nor kernels that would wait for their own
-        results.
+    def _whole_readers(self) -> dict[int, Roots]:
+        """Tensor -> the kernels that read it and pass over as many elements."""
+        readers: dict[int, Roots] = defaultdict(list)
+        for root in sorted(self.reads):
+            elements = self._passes_over(root)
+            for tensor in self.reads[root]:
+                if elements == self.graph.tensors[tensor].size > 0:
+                    readers[tensor].append(root)
+        return readers
+
+    def together(self) -> tuple[tuple[int, ...], ...]:
+        """The roots of joined kernels, those that share a computed tensor or an argument.
+
+        Kernels that would wait for their own results are not joined.
         """
+        constants = constant_tensors(self.graph)
+        links: dict[int, int] = {}
+        """Kernel that is a part -> one that it is a part of."""
+        for tensor, start, parts in self._siblings():
+            if tensor not in constants:
+                links.update((root, start) for root in parts if root not in links)
         group_of: dict[int, Roots] = {}
         for root in sorted(links):
             start = links[root]
             group = group_of.setdefault(start, [start])
-            has_rows = any(computes_rows(self.graph, self.fused, one) for one in (root, start))
             trips = {self.graph.instructions[one].trips for one in (root, start)}
-            if not has_rows and len(trips) == 1 and self._is_free([*group, root]):
+            if len(trips) == 1 and self._is_free([*group, root]):
                 group.append(root)
                 group_of[root] = group
         groups = {id(group): tuple(group) for group in group_of.values()}
@@ -244,7 +345,7 @@ class _Joiner:
     def _passes_over(self, root: int) -> int:
         """Elements that a kernel passes over, 0 if it is not joined."""
         instruction = self.graph.instructions[root]
-        if root in self.biases or instruction.name in SEPARATE or instruction.name in FREE:
+        if root in self.apart or instruction.name in SEPARATE or instruction.name in FREE:
             return 0
         tensors = list(instruction.results)
         for i in self.kernels[root]:
@@ -264,12 +365,13 @@ class _Joiner:
                 groups.append([root])
         return groups
 
-    def _joins_producer(self, tensor: int, size: int, group: Roots) -> bool:
+    def _joins_producer(self, tensor: int, group: Roots) -> bool:
         """Whether a tensor is computed by the kernel of its readers.
 
         They must need it directly only, not through other kernels as well.
         """
         source = self.producer.get(tensor)
+        size = self.graph.tensors[tensor].size
         if source is None or self._passes_over(source) != size:
             return False
         if self.graph.instructions[source].name == "reduce":

@@ -14,12 +14,14 @@ from functools import lru_cache
 from partita.cost.backends import compiler_of
 from partita.cost.delayed import (
     Delay,
+    delayed_by_repetitions,
     delayed_kernels,
+    gather_times,
     joined_repetitions,
     sums_over_devices,
 )
 from partita.cost.fusion import Fusion, fused_under, reads
-from partita.cost.joined import joined_ends
+from partita.cost.joined import MOVING, joined_ends
 from partita.cost.partial import (
     Factors,
     gradients,
@@ -195,6 +197,8 @@ class Lifetimes:
     """Tensor -> the root of the last kernel that reads it."""
     last_kernel: tuple[int, ...]
     """Per instruction, the root of the last kernel that computes it."""
+    replaced: frozenset[int] = frozenset()
+    """Tensors whose memory the result of their last reader takes."""
 
 
 @lru_cache(maxsize=4)
@@ -202,17 +206,24 @@ def lifetimes_under(
     graph_key: IdentityKey[OperatorGraph],
     layout_key: IdentityKey[Layout],
     backend: Backend,
-    in_order: bool = False,
+    is_limited: bool = False,
 ) -> Lifetimes:
-    """The lifetimes of all values; `in_order` if a compiler delays no kernel."""
+    """The lifetimes of all values; `is_limited` if the memory of a device limits delays."""
     graph = graph_key.value
     layout = layout_key.value
     program = static_lifetimes(graph)
     fused = fused_under(graph, layout, compiler_of(backend).fusion_rules)
     delayed: dict[int, Delay] = {}
     hides_collectives = compiler_of(backend).buffers.hides_collectives
-    if hides_collectives and not in_order:
-        delayed = delayed_kernels(graph, layout, fused)
+    if hides_collectives:
+        gathers = gather_times(graph, layout, compiler_of(backend).combined_gather_bytes)
+        delayed = delayed_kernels(graph, layout, fused, gathers, is_limited)
+    ends = _joined_ends(graph, layout, fused, backend)
+    if compiler_of(backend).buffers.joined_results:
+        waiting = delayed_by_repetitions(graph, fused, joined_ends(graph, layout, fused))
+        for root, delay in waiting.items():
+            if root not in delayed or delayed[root].time < delay.time:
+                delayed[root] = delay
     dies: dict[int, int] = {}
     for root in fused.kernels:
         last_reads = _last_reads(graph, program, fused, root, backend)
@@ -226,7 +237,7 @@ def lifetimes_under(
             last_reads.update(dict.fromkeys(delayed[root].reads, delayed[root].time))
         for tensor, last_read in last_reads.items():
             dies[tensor] = max(dies.get(tensor, -1), last_read)
-    for tensor, end in _joined_ends(graph, fused, backend).items():
+    for tensor, end in ends.items():
         dies[tensor] = max(dies.get(tensor, -1), end)
     in_memory = fused.written(graph) - program.constants
     in_memory -= _read_through_barriers(graph, layout, dies)
@@ -235,19 +246,66 @@ def lifetimes_under(
     for tensor in in_memory:
         producer = program.producer.get(tensor, -1)
         born[tensor] = runs_at.get(producer, producer)
+    replaced: frozenset[int] = frozenset()
+    if compiler_of(backend).buffers.replaced_operands:
+        replaced = _replaced_operands(graph, layout, fused, born, dies, runs_at)
     last_kernel = tuple(
         max((runs_at[root] for root in roots), default=i)
         for i, roots in enumerate(fused.computed_in)
     )
-    return Lifetimes(born, dies, last_kernel)
+    return Lifetimes(born, dies, last_kernel, replaced)
 
 
-def _joined_ends(graph: OperatorGraph, fused: Fusion, backend: Backend) -> dict[int, int]:
+def _replaced_operands(
+    graph: OperatorGraph,
+    layout: Layout,
+    fused: Fusion,
+    born: dict[int, int],
+    dies: dict[int, int],
+    runs_at: dict[int, int],
+) -> frozenset[int]:
+    """Values that elementwise kernels, their last readers, replace by their results.
+
+    XLA:GPU allows it where every element is read before it is written (FusionCanShareBufferHint).
+    New variables take the place of the old ones instead.
+    """
+    kept = {argument.tensor for argument in graph.arguments}
+    variables = {argument.result for argument in graph.arguments}
+    replaced: set[int] = set()
+    for root, kernel in fused.kernels.items():
+        result = graph.instructions[root].results[0]
+        names = {graph.instructions[i].name for i in kernel}
+        if not names.isdisjoint(MOVING) or result in variables or result not in born:
+            continue
+        time = runs_at[root]
+        for tensor in reads(graph, kernel).keys() - kept - replaced:
+            is_last = dies.get(tensor) == time and born.get(tensor, time) < time
+            if is_last and _are_alike(graph, layout, tensor, result):
+                replaced.add(tensor)
+                break
+    return frozenset(replaced)
+
+
+def _are_alike(graph: OperatorGraph, layout: Layout, tensor: int, other: int) -> bool:
+    """Whether two tensors have one shape, dtype and sharding."""
+    first, second = graph.tensors[tensor], graph.tensors[other]
+    is_alike = (first.shape, first.dtype) == (second.shape, second.dtype)
+    return is_alike and layout.shardings[tensor] == layout.shardings[other]
+
+
+def _joined_ends(
+    graph: OperatorGraph,
+    layout: Layout,
+    fused: Fusion,
+    backend: Backend,
+) -> dict[int, int]:
     """Result of a joined kernel -> the instruction at which that still has it in memory."""
     buffers = compiler_of(backend).buffers
+    ends = {} if buffers.early_runs else joined_repetitions(graph, fused)
     if buffers.joined_results:
-        return joined_ends(graph, fused)
-    return {} if buffers.early_runs else joined_repetitions(graph, fused)
+        for tensor, end in joined_ends(graph, layout, fused).items():
+            ends[tensor] = max(ends.get(tensor, -1), end)
+    return ends
 
 
 def _reduces(graph: OperatorGraph, root: int) -> bool:

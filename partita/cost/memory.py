@@ -28,7 +28,7 @@ from partita.cost.backends.base import ProductShape
 from partita.cost.collectives import DEFAULT, collectives, emitted_sums
 from partita.cost.delayed import first_backward
 from partita.cost.fusion import ALONE, Fusion, fused_under, reads
-from partita.cost.joined import joined_kernels
+from partita.cost.joined import computed_together
 from partita.cost.lifetimes import Lifetimes, lifetimes_under, static_lifetimes
 from partita.cost.partial import split_axes
 from partita.cost.recomputed import Lifetime, Recomputable, drops
@@ -119,9 +119,9 @@ def memory(
     # With slots in host memory, XLA:GPU's second computations freed nothing in compiled programs.
     if live.max() > limit and not layout.host:
         # Kernels are delayed up to the limit, and computed again beyond it.
-        lifetimes = lifetimes_under(*keys, backend, in_order=True)
-        allocations = _allocations(*keys, mesh, backend, in_order=True)
-        allocations = _within(graph, fused, lifetimes, allocations, is_present, limit)
+        lifetimes = lifetimes_under(*keys, backend, is_limited=True)
+        allocations = _allocations(*keys, mesh, backend, is_limited=True)
+        allocations = _within(graph, layout, fused, lifetimes, allocations, is_present, limit)
         present = is_present[allocations.home]
         live = np.maximum(allocations.live(present, count), np.minimum(live, limit))
     is_work_space = allocations.kind == WORK_SPACE
@@ -208,11 +208,11 @@ def _allocations(
     layout_key: IdentityKey[Layout],
     mesh: Mesh,
     backend: Backend,
-    in_order: bool = False,
+    is_limited: bool = False,
 ) -> _Allocations:
-    lifetimes = lifetimes_under(graph_key, layout_key, backend, in_order)
+    lifetimes = lifetimes_under(graph_key, layout_key, backend, is_limited)
     allocator = _Allocator(graph_key.value, mesh, layout_key.value, backend, lifetimes)
-    allocator.add_values(scalars=in_order)
+    allocator.add_values(scalars=is_limited)
     allocator.add_reshards()
     buffers = compiler_of(backend).buffers
     if buffers.transposed_copies:
@@ -233,6 +233,7 @@ def _allocations(
 
 def _within(
     graph: OperatorGraph,
+    layout: Layout,
     fused: Fusion,
     lifetimes: Lifetimes,
     allocations: _Allocations,
@@ -256,7 +257,7 @@ def _within(
         for index, column in enumerate(columns)
         if column[0] >= 0 and present[index]
     }
-    recomputed = drops(values, _recomputable(graph, fused, lifetimes), live, limit_bytes)
+    recomputed = drops(values, _recomputable(graph, layout, fused, lifetimes), live, limit_bytes)
     dropped = recomputed.drops
     index = np.array([drop.allocation for drop in dropped], np.int64)
     stop = allocations.stop.copy()
@@ -280,7 +281,12 @@ def _within(
     return replace(allocations, **joined)
 
 
-def _recomputable(graph: OperatorGraph, fused: Fusion, lifetimes: Lifetimes) -> list[Recomputable]:
+def _recomputable(
+    graph: OperatorGraph,
+    layout: Layout,
+    fused: Fusion,
+    lifetimes: Lifetimes,
+) -> list[Recomputable]:
     """The kernels that can run again: those other than products and calls.
 
     What a rematerialized run reads behind a barrier is part of a tuple. XLA does not compute that
@@ -296,7 +302,7 @@ def _recomputable(graph: OperatorGraph, fused: Fusion, lifetimes: Lifetimes) -> 
     for root, tensors in read_by.items():
         for tensor in tensors:
             reads_of[tensor].add(root)
-    groups = list(joined_kernels(graph, fused).together)
+    groups = list(computed_together(graph, layout, fused))
     together = {root for roots in groups for root in roots}
     groups += [(root,) for root in fused.kernels if root not in together]
     kernels = []
@@ -469,7 +475,7 @@ class _Allocator:
         """
         dies = self.lifetimes.dies
         start = born
-        stop = dies.get(tensor, -1)
+        stop = dies.get(tensor, -1) - (tensor in self.lifetimes.replaced)
         if born in self.program.loops:
             loop = self.program.loops[born]
             operand = loop.operand_of.get(tensor, -1)

@@ -12,17 +12,23 @@ from partita.cost.backends import compiler_of
 from partita.cost.backends.gpu import PROGRAM_SHARE
 from partita.cost.delayed import (
     KERNELS_PER_COLLECTIVE,
+    Delay,
+    delayed_by_repetitions,
     delayed_kernels,
     delayed_reductions,
+    gather_times,
     joined_repetitions,
 )
-from partita.cost.fusion import fused_under
+from partita.cost.fusion import PRODUCTS, fused_under
 from partita.cost.memory import memory
+from partita.cost.terms import cost_terms
 from partita.graph.operator_graph import constant_tensors
+from partita.graph.rematerialize import rematerialized
 from partita.machine import load
 from partita.plans.baselines import BASELINES
 from partita.plans.layout import layout_of
 from partita.search.find import mesh_of
+from partita.search.rematerialization import groupings
 
 GPU = load("h100:4")
 
@@ -123,6 +129,37 @@ def test_delays_stop_at_the_memory_of_a_device(perceptron):
     assert in_order.peak < limited.peak < delayed.peak
 
 
+def zero_delays(graph, combined_bytes, is_limited):
+    """(times of gathers, delays) of a plan that stores slices of variables."""
+    layout = layout_of(graph, BASELINES["ZeRO-3"](graph, GPU.name, mesh_of(GPU)))
+    fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules)
+    gathers = gather_times(graph, layout, combined_bytes)
+    return gathers, delayed_kernels(graph, layout, fused, gathers, is_limited)
+
+
+def test_gradients_of_stored_weights_wait_for_the_next_gather(perceptron):
+    gathers, delays = zero_delays(perceptron, 0, is_limited=False)
+    products = [root for root in delays if perceptron.instructions[root].name == "dot_general"]
+    # The last block's: the gather for its input's gradient begins after the gradient before.
+    assert products
+    for root in products:
+        assert delays[root].time == min(time for time in gathers if time > root)
+
+
+def test_gathers_that_are_combined_begin_after_all_their_gradients(perceptron):
+    single, _ = zero_delays(perceptron, 0, is_limited=False)
+    pairs, _ = zero_delays(perceptron, 2 * 64 * 256 * 4, is_limited=False)
+    assert len(single) == 4
+    assert pairs == single[1::2]
+
+
+def test_limited_delays_end_at_the_next_gather(perceptron):
+    gathers, delays = zero_delays(perceptron, 0, is_limited=True)
+    assert delays
+    for root, delay in delays.items():
+        assert delay.time <= min(time for time in gathers if time > root)
+
+
 def test_offloaded_slots_delay_nothing(perceptron):
     plan = BASELINES["tensor parallel"](perceptron, GPU.name, mesh_of(GPU))
     parameters = tuple({a.parameter for a in perceptron.arguments if a.parameter})
@@ -154,6 +191,24 @@ def test_a_summed_loss_reads_its_logits_at_the_end_of_the_backward_pass(classifi
     assert (256, 64) in shapes
 
 
+def test_a_loss_of_probabilities_reads_their_logits():
+    """They are stored for the accuracy. The loss divides them by their sum: (a / b) / c."""
+    x = keras.Input((32,))
+    model = keras.Model(x, keras.layers.Dense(64, activation="softmax")(x))
+    model.compile("sgd", "sparse_categorical_crossentropy", metrics=["accuracy"])
+    graph = capture_program(model, 256, target=GPU.target).graph
+    reads = {tensor for loss in delayed_losses(graph, "data parallel") for tensor in loss.reads}
+    assert sum(graph.tensors[tensor].shape == (256, 64) for tensor in reads) == 2
+
+
+def test_forward_values_that_nothing_reads_are_no_loss(perceptron):
+    """Signs of activations, which rematerialized runs compute again for the backward pass."""
+    runs = groupings(perceptron, cost_terms(perceptron, GPU.backend))[-1]
+    graph = rematerialized(perceptron, runs)
+    (loss,) = delayed_losses(graph, "data parallel")
+    assert {graph.tensors[tensor].shape for tensor in loss.reads} == {(4096, 64)}
+
+
 @pytest.mark.parametrize("baseline", ["one device", "tensor parallel"])
 def test_a_loss_whose_scalar_no_devices_sum_is_not_delayed(classifier, baseline):
     assert not delayed_losses(classifier, baseline)
@@ -169,8 +224,9 @@ def test_a_repeated_value_waits_for_the_gradient_that_reads_its_operand(has_grad
     def step(state, x):
         incoming = x @ (state[0] + jax.numpy.arange(128.0))
         repeated = x * x
+        early = jax.numpy.einsum("bi,bj->ij", repeated, incoming)
         gradient = incoming * x
-        return {}, (state[0] + jax.numpy.einsum("bi,bj->ij", repeated, gradient),)
+        return {}, (state[0] + early + jax.numpy.einsum("bi,bj->ij", repeated, gradient),)
 
     shape = jax.ShapeDtypeStruct
     arrays = (shape((128, 128), "float32"),), shape((256, 128), "float32")
@@ -196,3 +252,7 @@ def test_a_repeated_value_waits_for_the_gradient_that_reads_its_operand(has_grad
     assert repeated < gradient
     ends = {graph.instructions[repeated].results[0]: gradient} if has_gradients else {}
     assert joined_repetitions(graph, fused) == ends, "a constant begins no backward pass"
+    early = min(n for n, x in enumerate(graph.instructions) if n > repeated and x.name in PRODUCTS)
+    assert repeated < early < gradient
+    delays = {early: Delay(gradient, frozenset(graph.instructions[early].operands))}
+    assert delayed_by_repetitions(graph, fused, ends) == (delays if ends else {})

@@ -10,7 +10,7 @@ import pytest
 from partita.capture.jax_functions import Leaf, capture_step
 from partita.cost.backends import compiler_of
 from partita.cost.fusion import fused_under, fusion, reads
-from partita.cost.joined import joined_kernels
+from partita.cost.joined import _without_light, computed_together, joined_kernels
 from partita.cost.lifetimes import lifetimes_under
 from partita.cost.terms import cost_terms
 from partita.graph.operator_graph import IdentityKey, OperatorGraph, constant_tensors
@@ -157,7 +157,7 @@ def products_of(values):
     fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules)
     together = [
         tuple(graph.instructions[root].name for root in roots)
-        for roots in joined_kernels(graph, fused).together
+        for roots in computed_together(graph, layout, fused)
     ]
     return graph, together, lifetimes_under(IdentityKey(graph), IdentityKey(layout), GPU.backend)
 
@@ -181,6 +181,18 @@ def test_a_kernel_runs_after_the_operands_of_all_its_results():
     assert lifetimes.dies[first] == multiply, "its result is in memory beside the other one"
 
 
+def test_an_elementwise_kernel_replaces_an_operand_that_nothing_reads_afterwards():
+    def values(x, w):
+        yield jnp.tanh(x @ w.T)
+        product = x @ w
+        yield jnp.cos(product)
+        yield jnp.sin(product) * jax.nn.softmax(x)
+
+    graph, _, lifetimes = products_of(values)
+    tanh, *_ = roots_named(graph, "tanh")
+    assert lifetimes.replaced == set(graph.instructions[tanh].operands)
+
+
 def test_a_kernel_needs_none_of_its_results_through_another():
     def values(x, w):
         other = x @ w.T
@@ -194,16 +206,44 @@ def test_a_kernel_needs_none_of_its_results_through_another():
     assert together == [("tanh", "multiply")]
 
 
+def test_kernels_that_compute_a_light_value_are_joined_through_its_operand():
+    def values(x, w):
+        product = x @ w.T
+        total = x + product
+        yield jnp.cos(total)
+        # The softmax, a kernel of rows, is not joined. The multiplication needs it.
+        yield product * (jax.nn.softmax(total) @ w)
+
+    _, together, _ = products_of(values)
+    assert together == [("cosine", "multiply")]
+
+
+def test_a_value_that_many_kernels_read_is_written():
+    def values(x, w):
+        product = x @ w.T
+        total = x + product
+        yield jnp.cos(total)
+        yield product * (jax.nn.softmax(total) @ w)
+        # Five kernels would read ten tensors. The sum and its readers move eight.
+        for scale in (2.0, 3.0, 4.0):
+            yield jax.nn.softmax(total * scale)
+
+    _, together, _ = products_of(values)
+    assert together == [("add", "cosine")]
+
+
 def test_constants_join_no_kernels():
     graph = OperatorGraph.load(Path(__file__).parents[1] / "data/transformer.graph.json")
     runs = groupings(graph, cost_terms(graph, GPU.backend))[0]
     again = rematerialized(graph, runs)
     constants = constant_tensors(again)
-    fused = fusion(again, compiler_of(GPU.backend).fusion_rules)
-    reads_of = {root: set(reads(again, kernel)) for root, kernel in fused.kernels.items()}
+    layout = layout_of(again, BASELINES["one device"](again, GPU.name, mesh_of(GPU)))
+    fused = fused_under(again, layout, compiler_of(GPU.backend).fusion_rules)
+    every = {root: reads(again, kernel) for root, kernel in fused.kernels.items()}
+    reads_of = _without_light(again, fused, every, set())
     # A rematerialized run shares constants with its original.
     assert any(tensors & constants for tensors in reads_of.values())
-    for roots in joined_kernels(again, fused).together:
+    for roots in computed_together(again, layout, fused):
         for root in roots:
             own = reads_of[root] - constants | set(again.instructions[root].results)
             others = set().union(*(reads_of[other] for other in roots if other != root))

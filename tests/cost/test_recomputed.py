@@ -104,7 +104,7 @@ def test_what_a_rematerialized_run_reads_behind_its_barrier_stays():
     layout = layout_of(again, replace(plan, recompute=runs))
     fused = fused_under(again, layout, compiler_of(machine.backend).fusion_rules)
     keys = IdentityKey(again), IdentityKey(layout)
-    recomputable = _recomputable(again, fused, lifetimes_under(*keys, machine.backend))
+    recomputable = _recomputable(again, layout, fused, lifetimes_under(*keys, machine.backend))
     stored = set()
     for instruction in again.instructions:
         if instruction.name == BARRIER:
@@ -139,12 +139,12 @@ def test_the_sum_of_the_loss_may_move_beyond_the_limit():
     plan = BASELINES["data parallel"](graph, machine.name, mesh_of(machine))
     keys = IdentityKey(graph), IdentityKey(layout_of(graph, plan))
 
-    def has_scalars(in_order):
-        allocated = _allocations(*keys, plan.mesh, machine.backend, in_order).tensor
+    def has_scalars(is_limited):
+        allocated = _allocations(*keys, plan.mesh, machine.backend, is_limited).tensor
         return any(graph.tensors[tensor].shape == () for tensor in allocated if tensor >= 0)
 
-    assert has_scalars(in_order=True)
-    assert not has_scalars(in_order=False)
+    assert has_scalars(is_limited=True)
+    assert not has_scalars(is_limited=False)
 
 
 def test_the_limit_is_that_of_the_scheduler():

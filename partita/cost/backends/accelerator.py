@@ -32,6 +32,7 @@ class XlaAccelerator(Compiler):
             hides_collectives=False,
             early_runs=False,
             joined_results=False,
+            replaced_operands=False,
             copied_slots=False,
         )
 

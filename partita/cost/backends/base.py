@@ -62,6 +62,8 @@ class Buffers:
     False: a run is computed just before its first reader."""
     joined_results: bool
     """All results of a joined kernel are in memory when it runs (`cost.joined`)."""
+    replaced_operands: bool
+    """An elementwise kernel writes its result over an operand that nothing reads afterwards."""
     copied_slots: bool
     """An update copies optimizer slots that a kernel reads after they are replaced."""
     ordered_kernels: bool = False

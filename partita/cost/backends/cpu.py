@@ -38,6 +38,7 @@ class XlaCpu(Compiler):
             hides_collectives=False,
             early_runs=True,
             joined_results=False,
+            replaced_operands=False,
             copied_slots=True,
         )
 

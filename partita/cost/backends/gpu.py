@@ -60,6 +60,7 @@ class XlaGpu(XlaAccelerator):
             super().buffers,
             hides_collectives=True,
             joined_results=True,
+            replaced_operands=True,
             ordered_kernels=True,
             filled_gradients=True,
         )
