@@ -139,6 +139,11 @@ def fail(path: str | Path, kind: FileKind, problem: str, fix: str = "") -> NoRet
     raise kind.error(f"{path} is {problem}: {fix or kind.fix}.") from None
 
 
+def is_broken_link(path: Path) -> bool:
+    """Whether a path is a link, or a chain of links, that ends at no file."""
+    return path.is_symlink() and not path.exists()
+
+
 def short_reason(text: str) -> str:
     """The first line of another library's error, without its full stop, for a message of ours.
 

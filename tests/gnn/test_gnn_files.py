@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import os
 import resource
 import sys
 import tempfile
@@ -24,7 +26,7 @@ from test_gnn_graph import PLAIN, SOURCE, TARGET, TRAIN, X, Y, equal, graphs, pa
 import partita.gnn as gnn
 from partita.errors import GraphError
 from partita.gnn import Graph
-from partita.gnn.data import text
+from partita.gnn.data import files, text
 from partita.gnn.data.stream import EdgeStream, save_transpose
 
 FILES = settings(deadline=None, max_examples=25)
@@ -759,3 +761,34 @@ def test_targets_and_edge_features_come_back_from_npz(tmp_path: Path) -> None:
     opened = gnn.open(tmp_path / "graph.npz")
     assert np.array_equal(opened.labels, graph.labels)
     assert np.array_equal(opened.edge_features, graph.edge_features)
+
+
+def test_a_link_to_a_missing_file_is_no_missing_table(tmp_path: Path) -> None:
+    path = tmp_path / "g.lux"
+    gnn.save(gnn.Graph.from_edges([0, 1], [1, 0], weights=[0.5, 2.0]), path)
+    weights = tmp_path / "g.weights.bin"
+    weights.unlink()
+    weights.symlink_to("/nowhere/g.weights.bin")
+    with pytest.raises(GraphError, match="g.weights.bin' is a link to a file that is missing"):
+        gnn.open(path)
+    path.unlink()
+    path.symlink_to("/nowhere/g.lux")
+    with pytest.raises(GraphError, match="g.lux' is a link to a file that is missing"):
+        gnn.open(path)
+
+
+def test_an_emptied_table_of_features_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "g.lux"
+    gnn.save(gnn.Graph.from_edges([0, 1], [1, 0], features=np.ones((2, 3))), path)
+    (tmp_path / "g.feats.bin").write_bytes(b"")
+    with pytest.raises(GraphError, match="features has no columns"):
+        gnn.open(path)
+
+
+def test_an_error_of_the_disk_names_the_file(monkeypatch: Any) -> None:
+    def blocks(path: Path) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, "blocks", blocks)
+    with pytest.raises(GraphError, match=r"cannot be read: Input/output error\."):
+        gnn.open(__file__)

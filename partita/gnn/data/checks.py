@@ -137,6 +137,8 @@ def check_tables(tables: Mapping[str, np.ndarray | None], vertices: int) -> None
             _check_shape(name, table, vertices)
     features = tables["features"]
     if features is not None:
+        if not features.shape[1]:
+            raise GraphError("features has no columns: give at least one, or no features.")
         _check_finite(features)
     labels = tables["labels"]
     if labels is not None and labels.ndim == 2:

@@ -14,10 +14,12 @@ A new format is a module and an entry in `WHOLE` or `STREAMED`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from partita.errors import GraphError
+from partita.files.reading import is_broken_link
 from partita.gnn.data.graph import Graph
 from partita.gnn.data.lux import open_lux, save_lux
 from partita.gnn.data.npz import open_npz, save_npz
@@ -57,10 +59,21 @@ def open(path: str | Path, *, split: str | None = None, report: Report = silent)
     or no graph.
     """
     path = Path(path)
-    kind = _kind(path)
-    if kind in WHOLE:
-        return WHOLE[kind](path)
-    return _name_errors(path, lambda: STREAMED[kind](path, split).graph(report))
+    with _explained(path):
+        kind = _kind(path)
+        if kind in WHOLE:
+            return WHOLE[kind](path)
+        return _name_errors(path, lambda: STREAMED[kind](path, split).graph(report))
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Inside, an error of the system while reading is a GraphError."""
+    try:
+        yield
+    except OSError as error:
+        name = str(error.filename or path)
+        raise GraphError(f"{name!r} cannot be read: {error.strerror}.") from None
 
 
 def save(graph: Graph, path: str | Path) -> None:
@@ -130,6 +143,8 @@ def _kind(path: Path) -> str:
             f"{str(path)!r} is a folder without raw/: name a file, or an OGB folder with raw/ "
             "and split/."
         )
+    if is_broken_link(path):
+        raise GraphError(f"{str(path)!r} is a link to a file that is missing: name another file.")
     if not path.exists():
         raise GraphError(f"There is no file {str(path)!r}.{_suggestion(path)}")
     if path.suffix in (".lux", ".npz", ".parquet"):

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from partita.errors import GraphError
+from partita.files.reading import is_broken_link
 from partita.gnn.data.arrays import TABLES
 from partita.gnn.data.checks import pieces_of
 from partita.gnn.data.csr import NARROW, Transposed, id_type, position_type
@@ -160,6 +161,11 @@ def _map(path: Path, dtype: str, start: int, shape: tuple[int, ...]) -> np.ndarr
 def _read_table(path: Path, name: str, vertices: int, edges: int) -> np.ndarray | None:
     """A table or the weights beside a .lux file; None without that file."""
     file = companion(path, FILES[name])
+    if is_broken_link(file):
+        raise GraphError(
+            f"{str(file)!r} is a link to a file that is missing: put the file there, or remove the "
+            "link."
+        )
     if not file.exists():
         return None
     size = file.stat().st_size
