@@ -245,7 +245,7 @@ def _watch(
                 break
             if all(code == 0 for code in codes):
                 return Outcome(0)
-            if survivors is None:
+            if survivors is None or _is_one_left(processes):
                 culprit = _stopped_too_long(processes, stopped_since)
             if culprit is not None:
                 break
@@ -278,7 +278,8 @@ def _watch(
     if interrupted or any(code in (INTERRUPTED, -signal.SIGINT) for code in codes):
         return Outcome(INTERRUPTED)
     if culprit is None:
-        culprit = _culprit(codes)
+        lost = survivors.lost if survivors is not None else ()
+        culprit = _culprit([None if n in lost else code for n, code in enumerate(codes)])
     if culprit is None:
         return Outcome(0)
     code = _report_failure(culprit, codes, errors[culprit], say)
@@ -312,6 +313,12 @@ def _stopped_too_long(
         elif now - stopped_since.setdefault(number, now) > STOPPED:
             return number
     return None
+
+
+def _is_one_left(processes: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """Whether all processes but one have ended, so that nobody waits for the last one."""
+    running = sum(process.poll() is None for process in processes)
+    return running == 1 and len(processes) > 1
 
 
 def _state(process_id: int) -> str:
@@ -358,8 +365,12 @@ def _report_failure(
 def _culprit(codes: Sequence[int | None]) -> int | None:
     """The process that failed first, as far as the exit codes tell; None if none failed.
 
+    The code of a process that was lost before is None.
+
     >>> _culprit([75, -9]), _culprit([2, 2]), _culprit([75, 0]), _culprit([0, 0]), _culprit([-6, 1])
     (1, 0, 1, None, 1)
+    >>> _culprit([None, 75])
+    1
     """
     if all(code == 0 for code in codes):
         return None

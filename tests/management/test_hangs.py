@@ -1,11 +1,16 @@
 """When the launcher counts a process as hung, and how it starts lost ones again."""
 
 import random
+import signal
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from partita.cli import launch
 from partita.cli.survivors import FROZEN_SECONDS, IDLE_SECONDS, Hang, Survivors
 from partita.errors import ProcessError
 from partita.execute.board import Board, Event, Progress, living
@@ -136,3 +141,39 @@ def test_devices_never_meet_twice_in_one_order(seed: int) -> None:
             else:
                 events.append(Event(draw.choice(there[-1]), "was killed"))
     assert len(set(orders)) == len(orders) > 12
+
+
+def watched(processes: list[Any], lost: set[int]) -> tuple[launch.Outcome, str]:
+    """The end of a managed group, and the sentence about it."""
+    said: list[str] = []
+    survivors: Any = SimpleNamespace(look=lambda: None, lost=lost)
+    try:
+        return launch._watch(processes, [None, None], said.append, survivors), " ".join(said)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def started(program: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", program])
+
+
+def test_a_suspended_process_that_nobody_waits_for_ends_the_group(monkeypatch: Any) -> None:
+    monkeypatch.setattr(launch, "STOPPED", 0.2)
+    monkeypatch.setattr(launch, "GRACE", 0.2)
+    ended, suspended = started(""), started("import time; time.sleep(60)")
+    suspended.send_signal(signal.SIGSTOP)
+    outcome, sentence = watched([ended, suspended], set())
+    assert outcome.is_loss
+    assert "process 1 of 2" in sentence and "does not answer" in sentence
+
+
+def test_a_process_that_gives_up_after_a_loss_may_be_started_again(monkeypatch: Any) -> None:
+    monkeypatch.setattr(launch, "GRACE", 0.2)
+    killed, gave_up = started("import time; time.sleep(60)"), started("raise SystemExit(75)")
+    killed.kill()
+    killed.wait()
+    outcome, sentence = watched([killed, gave_up], {0})
+    assert outcome == launch.Outcome(75, is_loss=True)
+    assert "process 1 of 2 stopped with code 75" in sentence
