@@ -64,6 +64,7 @@ EXAMPLES = {
 SHORTEST_SECONDS = 5e-12
 """Shorter times are rounding errors of sums, and are written as 0 s."""
 
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d*)?(?:[eE][+-]?\d+)?")
 _QUANTITY = re.compile(r"\s*([+-]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(\S*)\s*")
 
 
@@ -90,6 +91,10 @@ def parse(text: str, dimension: str | None = None) -> float:
         raise PartitaError(f"'{unit}' in '{text}' is an unknown unit: {suggestion}")
     if dimension is not None and base_unit != dimension:
         raise PartitaError(f"'{text}' is in {base_unit}, but {dimension} is needed: {example}.")
+    if not _has_whole_thousands(match[1]):
+        raise PartitaError(
+            f"'{text}' has a comma that separates no thousands: write a decimal point, as in 1.5."
+        )
     return _scaled(_plain_number(match[1]), UNITS[base_unit][unit])
 
 
@@ -101,13 +106,22 @@ def parse_count(text: str) -> int:
     """
     match = _QUANTITY.fullmatch(text)
     number = math.nan
-    if match:
+    if match and _has_whole_thousands(match[1]):
         number = _plain_number(match[1]) * _DECIMAL.get(match[2], math.nan)
     if not number.is_integer():
         raise PartitaError(
             f'\'{text}\' is not a whole number: write for example "16M", "2.4G" or "10,556".'
         )
     return int(number)
+
+
+def _has_whole_thousands(digits: str) -> bool:
+    """Whether each comma in a number separates thousands.
+
+    >>> _has_whole_thousands("10,556.5"), _has_whole_thousands("1,5"), _has_whole_thousands("1e9")
+    (True, False, True)
+    """
+    return "," not in digits or bool(_THOUSANDS.fullmatch(digits))
 
 
 def _plain_number(digits: str) -> float:

@@ -88,3 +88,10 @@ def test_formats():
     assert format_seconds(1e-9) == "1.00 ns"
     assert format_seconds(float("inf")) == "inf s"
     assert format_flops(12) == "12 FLOP"
+
+
+@pytest.mark.parametrize("text", ["1,5 TB/s", "1,50 TB/s", "12,3456 TB/s", "1,,000 TB/s"])
+def test_a_comma_that_separates_no_thousands_is_refused(text: str) -> None:
+    with pytest.raises(PartitaError, match="a comma that separates no thousands"):
+        parse(text, "B/s")
+    assert parse("1,500 GB/s", "B/s") == parse("1.5 TB/s", "B/s")
