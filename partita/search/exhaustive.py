@@ -254,10 +254,20 @@ def _search(progress, best, path, levels, limits, order, tables):
     while d >= 0 and nodes > 0:
         if d == depths:
             fill(path.chosen, seconds, tables)
-            sweep(0, seconds, order.stream, order.streams, order.first, order.before, start, end)
+            sweep(
+                np.int64(0),
+                seconds,
+                order.stream,
+                order.streams,
+                order.first,
+                order.before,
+                start,
+                end,
+            )
             if end.max() < best_seconds * (1 - 1e-12):
                 best_seconds = end.max()
-                best[:] = path.chosen
+                for v in range(len(best)):
+                    best[v] = path.chosen[v]
             d -= 1
             continue
         nodes -= 1

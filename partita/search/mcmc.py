@@ -214,7 +214,7 @@ def _simulate(chosen, order, tables):
         np.full(tasks, -1.0),
     )
     fill(chosen, step.seconds, tables)
-    _replay(0, step, order)
+    _replay(np.int64(0), step, order)
     for k in range(tasks):
         if order.stream[k] >= 0:
             step.busy[order.stream[k]] += step.seconds[k]
@@ -267,7 +267,7 @@ def _chain(settings, chosen, top, options, order, tables):
             continue
         for i in range(size):
             chosen[changed[i]] = state
-        touched = 0
+        touched = np.int64(0)
         begin = len(order.stream)
         for i in range(size):
             touched, begin = change(changed[i], chosen, seconds, undo, touched, begin, tables)
@@ -275,10 +275,12 @@ def _chain(settings, chosen, top, options, order, tables):
         if _accept(limit, touched, begin, step, order):
             now = end.max()
             nbytes += extra
-            step.busy[:] = step.work
+            for s in range(len(step.work)):
+                step.busy[s] = step.work[s]
             if now < best * (1 - 1e-12):
                 best = now
-                top[:] = chosen
+                for p in range(operators):
+                    top[p] = chosen[p]
         else:
             for i in range(size):
                 chosen[changed[i]] = previous[i]
@@ -296,11 +298,15 @@ def _accept(limit, touched, begin, step, order):
     _add_work(touched, step, order.stream)
     if step.work.max() > limit * (1 + 1e-9):
         return False
-    step.previous_end[begin:] = step.end[begin:]
+    end = step.end
+    previous_end = step.previous_end
+    for k in range(begin, len(end)):
+        previous_end[k] = end[k]
     _replay(begin, step, order)
-    if step.end.max() <= limit:
+    if end.max() <= limit:
         return True
-    step.end[begin:] = step.previous_end[begin:]
+    for k in range(begin, len(end)):
+        end[k] = previous_end[k]
     return False
 
 
@@ -355,7 +361,8 @@ def _add_work(touched, step, stream):
     work = step.work
     task = step.undo.task
     previous = step.undo.seconds
-    work[:] = step.busy
+    for s in range(len(work)):
+        work[s] = step.busy[s]
     for i in range(touched - 1, -1, -1):
         before[task[i]] = previous[i]
     for i in range(touched):

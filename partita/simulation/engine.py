@@ -297,12 +297,12 @@ def _serve(precedence, uses, times):
     free = np.zeros(uses.resources)
     waits = np.empty(n, np.int32)
     heap = np.empty(n, np.int32)
-    size = 0
+    size = np.int64(0)
     for k in range(n):
         waits[k] = precedence.first[k + 1] - precedence.first[k] + (precedence.ahead[k] >= 0)
         times.ready[k] = 0.0
         if waits[k] == 0:
-            size = _push(heap, size, k, times.ready)
+            size = _push(heap, size, np.int32(k), times.ready)
     done = 0
     while size:
         k, size = _pop(heap, size, times.ready)

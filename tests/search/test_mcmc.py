@@ -6,16 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numba import njit
 
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.baselines import BASELINES
+from partita.search import mcmc
 from partita.search.elimination import eliminate
 from partita.search.find import find, mesh_of
 from partita.search.mcmc import run_chains
 from partita.search.network import CostNetwork, build
 from partita.search.portfolio import MIN_GAIN
 from partita.search.simulated import relaxed, simulated
+from partita.simulation import engine
 from partita.simulation.simulate import simulate
 
 DATA = Path(__file__).parents[1] / "data"
@@ -129,3 +132,15 @@ def test_a_plan_is_never_slower_than_the_exact_one_or_a_baseline(graph: Operator
     assert result.plan.predicted["seconds"] == seconds
     chain_seconds = [p.best for p in result.history if p.step == "simulated"]
     assert chain_seconds == sorted(chain_seconds, reverse=True)
+
+
+def test_kernels_are_not_compiled_again_for_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((mcmc, "_simulate"), (mcmc, "_chain"), (engine, "_serve")):
+        monkeypatch.setattr(module, name, njit(getattr(module, name).py_func))
+    problem = simulated(cost_network(GRAPHS["mlp"], machine()))
+    run_chains(problem, [[0] * len(problem.states)], proposals=10)
+    engine.run(engine.Tasks.of([2.0, 1.0], [[], [0]], [0, 1], [[(0, 1.0)], [(0, 0.5)]]))
+    for kernel in (mcmc._replay, mcmc._accept, engine._push, engine._pop):
+        signatures = list(map(str, kernel.signatures))
+        assert signatures, kernel
+        assert not any("Literal" in signature for signature in signatures), kernel
