@@ -13,12 +13,17 @@ without limit keep forward values from going back, and gradients from going on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
+from partita.graph.operator_graph import OperatorGraph, per_graph
 from partita.plans.phases import LIGHT, Class, DataFlow
 
 MOVABLE = LIGHT | {"reduce"}
@@ -31,6 +36,16 @@ LARGEST_SUM = 1 << 28
 """Sum of all limited capacities, at most: the flow of a graph is an int32."""
 EARLIER, LATER = 0, 1
 """The nodes of the two stages."""
+FORWARD, BACKWARD, UPDATE, COPIED = range(4)
+CODES: dict[Class, int] = {
+    "forward": FORWARD,
+    "backward": BACKWARD,
+    "update": UPDATE,
+    "copied": COPIED,
+}
+"""Class of a statement -> its number."""
+
+Array = np.ndarray
 
 
 def least_crossing(
@@ -44,12 +59,14 @@ def least_crossing(
 
     `places`: the stages of their operators; `nbytes`: per tensor the bytes of a microbatch.
     """
-    moved = list(places)
-    crossing = _crossing(flow, classes, places)
+    program = _Program.of(flow, classes)
+    moved = np.array(places)
+    tensor_bytes = np.array(nbytes, float)
+    crossing = program.crossing(moved)
     for stage in range(max(places, default=0)):
-        border = _Border(flow, classes, moved, nbytes, microbatches, stage)
+        border = _Border(program, moved, tensor_bytes, microbatches, stage)
         moved = border.places_with_least_crossing(crossing)
-    return moved
+    return moved.tolist()
 
 
 def crossing_tensors(flow: DataFlow, ends: Sequence[int]) -> list[list[int]]:
@@ -58,18 +75,18 @@ def crossing_tensors(flow: DataFlow, ends: Sequence[int]) -> list[list[int]]:
     `ends`: the last operator before each.
     """
     operators = np.array(_operators(flow))
-    nbytes = [tensor.nbytes for tensor in flow.graph.tensors]
-    tensors, first, last = _operators_of_tensors(flow, operators)
+    nbytes = np.array([tensor.nbytes for tensor in flow.graph.tensors], float)
+    program = _Program.of(flow, flow.classes)
+    tensors, first, last = program.operators_of_tensors(operators)
     result = []
     for end in ends:
-        places = (operators > end).astype(int).tolist()
-        near = tensors[(first <= end) & (end < last)].tolist()
-        border = _Border(flow, flow.classes, places, nbytes, 1, 0)
+        places = (operators > end).astype(int)
+        near = tensors[(first <= end) & (end < last)]
+        border = _Border(program, places, nbytes, 1, 0)
         moved = border.places_with_least_crossing(near)
-        for k in border.node:
-            near += [*flow.statements[k].reads, *flow.statements[k].makes]
-        after = _Border(flow, flow.classes, moved, nbytes, 1, 0)
-        result.append([t for t in dict.fromkeys(near) if after.is_sent(t)])
+        after = _Border(program, moved, nbytes, 1, 0)
+        around = program.tensors_of(np.flatnonzero(border.near))
+        result.append(after.sent(np.union1d(near, around)).tolist())
     return result
 
 
@@ -84,28 +101,128 @@ def _operators(flow: DataFlow) -> list[int]:
     return operators
 
 
-def _operators_of_tensors(
-    flow: DataFlow, operators: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(tensors, the first operator that computes or reads each, the last one)."""
-    rows = []
-    for t, k in flow.producer.items():
-        if flow.classes[k] in ("forward", "backward"):
-            readers = [r for r in flow.readers.get(t, ()) if flow.classes[r] != "copied"]
-            own = operators[[k, *readers]]
-            rows.append((t, own.min(), own.max()))
-    tensors, first, last = np.array(rows, int).reshape(-1, 3).T
-    return tensors, first, last
+class _Rows(NamedTuple):
+    """Rows of numbers: `values[first[row] : first[row + 1]]`."""
+
+    first: Array
+    values: Array
+
+    @staticmethod
+    def of(rows: Sequence[Sequence[int]]) -> _Rows:
+        """The rows of a list."""
+        values = np.array(list(chain.from_iterable(rows)), np.int64)
+        return _Rows(np.cumsum([0, *map(len, rows)]), values)
+
+    def of_rows(self, rows: Array) -> tuple[Array, Array]:
+        """(the values of some rows, one row after the other; per value the position of its row)."""
+        begins = self.first[rows]
+        counts = self.first[rows + 1] - begins
+        position = np.repeat(np.arange(len(rows)), counts)
+        skipped = np.cumsum(counts) - counts
+        index = np.arange(len(position)) + np.repeat(begins - skipped, counts)
+        return self.values[index], position
+
+    def where(self, chosen: Array) -> _Rows:
+        """The rows with the chosen values alone."""
+        kept = np.concatenate([[0], np.cumsum(chosen)])
+        return _Rows(kept[self.first], self.values[chosen])
 
 
-def _crossing(flow: DataFlow, classes: Sequence[Class], places: Sequence[int]) -> list[int]:
-    """The tensors that one stage computes and another one reads."""
-    crossing = []
-    for t, k in flow.producer.items():
-        readers = flow.readers.get(t, ()) if classes[k] != "copied" else ()
-        if any(places[r] != places[k] for r in readers if classes[r] != "copied"):
-            crossing.append(t)
-    return crossing
+class _Tables(NamedTuple):
+    """The statements of a step, and the tensors between them, as arrays."""
+
+    reads: _Rows
+    makes: _Rows
+    readers: _Rows
+    """Tensor -> the statements that read it."""
+    producer: Array
+    """[tensor]: the statement that makes it, -1 for arguments."""
+    is_light: Array
+    """[statement]: whether it may run on either side of a border, and changes no state."""
+
+
+@per_graph
+def _tables(graph: OperatorGraph) -> _Tables:
+    flow = DataFlow.of(graph)
+    count = len(graph.tensors)
+    producer = np.full(count, -1)
+    producer[list(flow.producer)] = list(flow.producer.values())
+    outputs = set(graph.outputs)
+    is_light = []
+    for k, statement in enumerate(flow.statements):
+        roles = {flow.roles.get(t) for t in statement.reads}
+        may_move = flow.instruction(k).name in MOVABLE and roles <= {None, "parameter"}
+        is_light.append(may_move and outputs.isdisjoint(statement.makes))
+    return _Tables(
+        reads=_Rows.of([statement.reads for statement in flow.statements]),
+        makes=_Rows.of([statement.makes for statement in flow.statements]),
+        readers=_Rows.of([flow.readers.get(t, ()) for t in range(count)]),
+        producer=producer,
+        is_light=np.array(is_light, bool),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Program:
+    """The statements of a step with their classes; values computed anywhere have no producer."""
+
+    tables: _Tables
+    code: Array
+    """[statement]: the number of its class."""
+
+    @staticmethod
+    def of(flow: DataFlow, classes: Sequence[Class]) -> _Program:
+        return _Program(_tables(flow.graph), np.array([CODES[one] for one in classes]))
+
+    @cached_property
+    def producer(self) -> Array:
+        """[tensor]: its statement; -1 for arguments and values computed anywhere."""
+        producer = self.tables.producer
+        is_copied = self.code[producer] == COPIED
+        return np.where(is_copied, -1, producer)
+
+    @cached_property
+    def readers(self) -> _Rows:
+        """Tensor -> the statements that read it, except those that run anywhere."""
+        readers = self.tables.readers
+        return readers.where(self.code[readers.values] != COPIED)
+
+    @cached_property
+    def may_move(self) -> Array:
+        """[statement]: whether it is a light one of a pass."""
+        return self.tables.is_light & (self.code <= BACKWARD)
+
+    def crossing(self, places: Array) -> Array:
+        """The tensors that one stage computes and another one reads."""
+        tensors = np.flatnonzero(self.producer >= 0)
+        readers, position = self.readers.of_rows(tensors)
+        source = self.producer[tensors]
+        differs = places[readers] != places[source[position]]
+        return np.unique(tensors[position[differs]])
+
+    def operators_of_tensors(self, operators: Array) -> tuple[Array, Array, Array]:
+        """(tensors of the passes, the first operator that computes or reads each, the last)."""
+        tensors = np.flatnonzero(self.producer >= 0)
+        tensors = tensors[self.code[self.producer[tensors]] <= BACKWARD]
+        readers, position = self.readers.of_rows(tensors)
+        first = operators[self.producer[tensors]]
+        last = first.copy()
+        np.minimum.at(first, position, operators[readers])
+        np.maximum.at(last, position, operators[readers])
+        return tensors, first, last
+
+    def tensors_of(self, statements: Array) -> Array:
+        """The tensors that statements read or make, with repetitions."""
+        reads, _ = self.tables.reads.of_rows(statements)
+        makes, _ = self.tables.makes.of_rows(statements)
+        return np.concatenate([reads, makes])
+
+    def neighbours(self, statements: Array) -> Array:
+        """The statements that compute their operands, and all readers of these and of results."""
+        tensors = self.tensors_of(statements)
+        tensors = np.unique(tensors[self.producer[tensors] >= 0])
+        readers, _ = self.readers.of_rows(tensors)
+        return np.concatenate([self.producer[tensors], readers])
 
 
 class _Border:
@@ -113,177 +230,162 @@ class _Border:
 
     def __init__(
         self,
-        flow: DataFlow,
-        classes: Sequence[Class],
-        places: Sequence[int],
-        nbytes: Sequence[int],
+        program: _Program,
+        places: Array,
+        nbytes: Array,
         microbatches: int,
         stage: int,
     ) -> None:
-        self.flow = flow
-        self.classes = classes
+        self.program = program
         self.places = places
         self.nbytes = nbytes
         self.microbatches = microbatches
         self.stage = stage
-        self.outputs = set(flow.graph.outputs)
-        self.node: dict[int, int] = {}
-        """Statement that may move -> its node."""
-        self.capacities: dict[tuple[int, int], float] = {}
-        """Edge of the graph -> its capacity, bytes."""
-        self.count = 2
+        self.is_later = places > stage
+        self.near = np.zeros(len(places), bool)
+        """[statement]: whether it may move over the border."""
 
-    def places_with_least_crossing(self, crossing: Sequence[int]) -> list[int]:
+    def places_with_least_crossing(self, crossing: Array) -> Array:
         """The places of all statements, those of a minimum cut for statements that may move.
 
-        `crossing`: all tensors that go from stage to stage.
+        `crossing`: tensors that go from stage to stage, and perhaps others.
         """
-        places = list(self.places)
-        own = [t for t in crossing if self._crosses(t)]
-        near = self._near_statements(own)
-        if not near or any(self._goes_against(t) for t in own):
-            return places
-        for k in near:
-            self.node[k] = self._new_node()
-        for k, node in self.node.items():
-            # Of several minimum cuts the one that moves the fewest statements.
-            edge = (EARLIER, node) if places[k] == self.stage else (node, LATER)
-            self.capacities[edge] = 1.0
-        tensors = set()
-        for k in near:
-            statement = self.flow.statements[k]
-            tensors.update(statement.makes)
-            tensors.update(t for t in statement.reads if self._producer(t) >= 0)
-        for t in sorted(tensors):
-            self._add_tensor(t)
-        earlier = self._earlier_side()
-        for k, node in self.node.items():
-            places[k] = self.stage if node in earlier else self.stage + 1
+        own = self._crosses(crossing)
+        self.near = self._near_statements(own)
+        if not self.near.any() or self._goes_against(own):
+            return self.places
+        graph = _CutGraph(self)
+        places = self.places.copy()
+        places[graph.near] = np.where(graph.is_earlier(), self.stage, self.stage + 1)
         return places
 
-    # -------------------------------------------------------------------------------- statements
+    def sent(self, tensors: Array) -> Array:
+        """The tensors that cross for another pass, in every microbatch."""
+        source = self.program.producer[tensors]
+        tensors = tensors[source >= 0]
+        tensors = tensors[self.program.code[self.program.producer[tensors]] != UPDATE]
+        readers, position = self.program.readers.of_rows(tensors)
+        is_later = self.is_later[self.program.producer[tensors]]
+        differs = self.is_later[readers] != is_later[position]
+        differs &= self.program.code[readers] != UPDATE
+        return tensors[np.unique(position[differs])]
 
-    def _producer(self, tensor: int) -> int:
-        """The statement that computes a tensor; -1 for arguments and values computed anywhere."""
-        k = self.flow.producer.get(tensor, -1)
-        return k if k >= 0 and self.classes[k] != "copied" else -1
+    def _crosses(self, tensors: Array) -> Array:
+        """The tensors that cross the border."""
+        readers, position = self.program.readers.of_rows(tensors)
+        is_later = self.is_later[self.program.producer[tensors]]
+        differs = self.is_later[readers] != is_later[position]
+        return tensors[np.unique(position[differs])]
 
-    def _readers(self, tensor: int) -> list[int]:
-        return [k for k in self.flow.readers.get(tensor, ()) if self.classes[k] != "copied"]
-
-    def _is_later(self, statement: int) -> bool:
-        return self.places[statement] > self.stage
-
-    def is_sent(self, tensor: int) -> bool:
-        """Whether a tensor of a pass crosses for another pass, in every microbatch."""
-        source = self._producer(tensor)
-        if source < 0 or self.classes[source] == "update":
-            return False
-        repeated = [r for r in self._readers(tensor) if self.classes[r] != "update"]
-        return any(self._is_later(r) != self._is_later(source) for r in repeated)
-
-    def _crosses(self, tensor: int) -> bool:
-        is_later = self._is_later(self._producer(tensor))
-        return any(self._is_later(r) != is_later for r in self._readers(tensor))
-
-    def _goes_against(self, tensor: int) -> bool:
+    def _goes_against(self, tensors: Array) -> bool:
         """Whether a forward value goes back, or a gradient on: then the plan cannot run."""
-        source = self._producer(tensor)
-        phase = self.classes[source]
-        readers = [r for r in self._readers(tensor) if self.classes[r] == phase]
-        against = [self.places[r] < self.places[source] for r in readers]
-        if phase == "backward":
-            against = [self.places[r] > self.places[source] for r in readers]
-        return phase != "update" and any(against)
+        code, places = self.program.code, self.places
+        readers, position = self.program.readers.of_rows(tensors)
+        source = self.program.producer[tensors][position]
+        goes_back = places[readers] < places[source]
+        goes_on = places[readers] > places[source]
+        against = np.where(code[source] == BACKWARD, goes_on, goes_back)
+        is_same_pass = (code[readers] == code[source]) & (code[source] != UPDATE)
+        return bool((against & is_same_pass).any())
 
-    def _near_statements(self, crossing: Sequence[int]) -> list[int]:
-        """The statements that may move, by their distance from a tensor that crosses."""
-        distance: dict[int, int] = {}
-        for t in crossing:
-            for k in (self._producer(t), *self._readers(t)):
-                if self._may_move(k):
-                    distance[k] = 1
-        waiting = list(distance)
-        for k in waiting:
-            for other in self._neighbours(k) if distance[k] < DISTANCE else ():
-                if other not in distance and self._may_move(other):
-                    distance[other] = distance[k] + 1
-                    waiting.append(other)
-        return waiting
+    def _near_statements(self, crossing: Array) -> Array:
+        """[statement]: whether it may move, by its distance from a tensor that crosses."""
+        program = self.program
+        is_here = (self.places == self.stage) | (self.places == self.stage + 1)
+        may_move = program.may_move & is_here
+        near = np.zeros(len(may_move), bool)
+        readers, _ = program.readers.of_rows(crossing)
+        found = np.concatenate([program.producer[crossing], readers])
+        for _ in range(DISTANCE):
+            found = np.unique(found)
+            found = found[may_move[found] & ~near[found]]
+            if not len(found):
+                break
+            near[found] = True
+            found = program.neighbours(found)
+        return near
 
-    def _neighbours(self, statement: int) -> Iterator[int]:
-        own = self.flow.statements[statement]
-        for t in own.reads:
-            yield self._producer(t)
-            yield from self._readers(t) if self._producer(t) >= 0 else ()
-        for t in own.makes:
-            yield from self._readers(t)
 
-    def _may_move(self, statement: int) -> bool:
-        """Whether a statement is a light one of a pass, of one of the two stages, and changes no
-        state.
+class _CutGraph:
+    """The directed graph of a border, whose minimum cut are the places with fewest bytes."""
+
+    def __init__(self, border: _Border) -> None:
+        program = border.program
+        self.near = np.flatnonzero(border.near)
+        self._code = program.code
+        self._node = np.where(border.is_later, LATER, EARLIER)
+        """[statement]: its node."""
+        self._node[self.near] = 2 + np.arange(len(self.near))
+        self._count = 2 + len(self.near)
+        self._edges: list[tuple[Array, Array, Array]] = []
+        """(start, end, capacity in bytes)."""
+        # Of several minimum cuts the one that moves the fewest statements.
+        nodes = self._node[self.near]
+        is_later = border.is_later[self.near]
+        starts, ends = np.where(is_later, nodes, EARLIER), np.where(is_later, LATER, nodes)
+        self._add_edges(starts, ends, np.ones(len(nodes)))
+        tensors = np.unique(program.tensors_of(self.near))
+        tensors = tensors[program.producer[tensors] >= 0]
+        self._add_tensors(program, tensors, border.nbytes[tensors], border.microbatches)
+
+    def _add_tensors(
+        self, program: _Program, tensors: Array, nbytes: Array, microbatches: int
+    ) -> None:
+        """Adds tensors with their producers and their readers."""
+        sources = program.producer[tensors]
+        readers, position = program.readers.of_rows(tensors)
+        repeated = self._code[readers] != UPDATE
+        self._add_transfers(sources, readers[repeated], position[repeated], nbytes)
+        once = ~repeated
+        self._add_transfers(sources, readers[once], position[once], nbytes / microbatches)
+        readers, source = readers[repeated], sources[position[repeated]]
+        before, after = self._node[source], self._node[readers]
+        is_forward = self._code[readers] == FORWARD
+        is_backward = ~is_forward & (self._code[source] == BACKWARD)
+        self._add_edges(after[is_forward], before[is_forward])
+        self._add_edges(before[is_backward], after[is_backward])
+
+    def _add_transfers(
+        self, sources: Array, readers: Array, position: Array, nbytes: Array
+    ) -> None:
+        """Adds the costs of tensors that are sent over the border, in either direction.
+
+        `position`: per reader, the position of its tensor.
         """
-        if statement < 0 or self.classes[statement] not in ("forward", "backward"):
-            return False
-        if self.places[statement] not in (self.stage, self.stage + 1):
-            return False
-        own = self.flow.statements[statement]
-        roles = {self.flow.roles.get(t) for t in own.reads}
-        is_light = self.flow.instruction(statement).name in MOVABLE
-        return is_light and roles <= {None, "parameter"} and self.outputs.isdisjoint(own.makes)
+        read, number = np.unique(position, return_inverse=True)
+        sent = self._count + np.arange(len(read))
+        returned = sent + len(read)
+        self._count += 2 * len(read)
+        source = self._node[sources[read]]
+        self._add_edges(source, sent, nbytes[read])
+        self._add_edges(returned, source, nbytes[read])
+        reader = self._node[readers]
+        self._add_edges(sent[number], reader)
+        self._add_edges(reader, returned[number])
 
-    # ------------------------------------------------------------------------------------- graph
+    def _add_edges(self, starts: Array, ends: Array, capacities: Array | None = None) -> None:
+        """Adds edges, without limit by default."""
+        if capacities is None:
+            capacities = np.full(len(starts), float(NO_LIMIT))
+        is_edge = starts != ends
+        self._edges.append((starts[is_edge], ends[is_edge], capacities[is_edge]))
 
-    def _new_node(self) -> int:
-        self.count += 1
-        return self.count - 1
-
-    def _node_of(self, statement: int) -> int:
-        return self.node.get(statement, LATER if self._is_later(statement) else EARLIER)
-
-    def _add_tensor(self, tensor: int) -> None:
-        """Adds a tensor with its producer and its readers."""
-        source = self._producer(tensor)
-        repeated = [r for r in self._readers(tensor) if self.classes[r] != "update"]
-        once = [r for r in self._readers(tensor) if self.classes[r] == "update"]
-        self._add_transfer(source, repeated, self.nbytes[tensor])
-        self._add_transfer(source, once, self.nbytes[tensor] / self.microbatches)
-        for reader in repeated:
-            before, after = self._node_of(source), self._node_of(reader)
-            if self.classes[reader] == "forward":
-                self._add_edge(after, before, NO_LIMIT)
-            elif self.classes[source] == "backward":
-                self._add_edge(before, after, NO_LIMIT)
-
-    def _add_transfer(self, source: int, readers: Collection[int], nbytes: float) -> None:
-        """Adds the cost of a tensor that is sent over the border, in either direction."""
-        if not readers:
-            return
-        sent, returned = self._new_node(), self._new_node()
-        self._add_edge(self._node_of(source), sent, nbytes)
-        self._add_edge(returned, self._node_of(source), nbytes)
-        for reader in readers:
-            self._add_edge(sent, self._node_of(reader), NO_LIMIT)
-            self._add_edge(self._node_of(reader), returned, NO_LIMIT)
-
-    def _add_edge(self, start: int, end: int, capacity: float) -> None:
-        if start != end:
-            self.capacities[start, end] = max(capacity, self.capacities.get((start, end), 0.0))
-
-    def _earlier_side(self) -> set[int]:
-        """The nodes on the side of the earlier stage in a minimum cut."""
-        total = sum(c for c in self.capacities.values() if c < NO_LIMIT)
-        scale = min(1.0, LARGEST_SUM / total)
-        limits = [
-            NO_LIMIT if c >= NO_LIMIT else max(1, round(c * scale))
-            for c in self.capacities.values()
-        ]
-        starts, ends = np.array(list(self.capacities)).T
-        shape = (self.count, self.count)
-        graph = csr_matrix((np.array(limits, np.int32), (starts, ends)), shape)
+    def is_earlier(self) -> Array:
+        """[statement that may move]: whether it is on the side of the earlier stage."""
+        starts, ends, capacities = map(np.concatenate, zip(*self._edges, strict=True))
+        keys, number = np.unique(starts * self._count + ends, return_inverse=True)
+        limits = np.zeros(len(keys))
+        np.maximum.at(limits, number, capacities)
+        is_limited = limits < NO_LIMIT
+        scale = min(1.0, LARGEST_SUM / limits[is_limited].sum())
+        limits = np.where(is_limited, np.maximum(1, np.rint(limits * scale)), NO_LIMIT)
+        starts, ends = np.divmod(keys, self._count)
+        shape = (self._count, self._count)
+        graph = csr_matrix((limits.astype(np.int32), (starts, ends)), shape)
         flow = maximum_flow(graph, EARLIER, LATER).flow
         residual = graph - flow
         residual.data = np.maximum(residual.data, 0)
         residual.eliminate_zeros()
-        reached = breadth_first_order(residual, EARLIER, return_predecessors=False)
-        return set(reached.tolist())
+        reached = np.zeros(self._count, bool)
+        reached[breadth_first_order(residual, EARLIER, return_predecessors=False)] = True
+        return reached[self._node[self.near]]
