@@ -18,7 +18,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import cached_property, wraps
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -313,6 +313,11 @@ class OperatorGraph:
     """The platform for which the step was captured ("cpu", "cuda", "cuda:8.0", "tpu"), "" in files
     that do not say."""
 
+    @cached_property
+    def derived(self) -> dict[Callable[[OperatorGraph], Any], Any]:
+        """Function of the graph -> its value (`per_graph`)."""
+        return {}
+
     @property
     def flops(self) -> float:
         """FLOPs of one step, global."""
@@ -515,15 +520,17 @@ class IdentityKey(Generic[T]):
 
 
 def per_graph(function: Callable[[OperatorGraph], U]) -> Callable[[OperatorGraph], U]:
-    """A function of a graph, cached for the last 8 graphs. Callers must not change its result."""
+    """A function of a graph, computed once for each graph. Callers must not change its result.
 
-    @lru_cache(maxsize=8)
-    def cached(key: IdentityKey[OperatorGraph]) -> U:
-        return function(key.value)
+    The graph has the result, so that a step keeps it while thousands of pieces come and go.
+    """
 
     @wraps(function)
     def wrapper(graph: OperatorGraph) -> U:
-        return cached(IdentityKey(graph))
+        derived = graph.derived
+        if function not in derived:
+            derived[function] = function(graph)
+        return derived[function]
 
     return wrapper
 
