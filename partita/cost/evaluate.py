@@ -31,6 +31,7 @@ from partita.cost.terms import Terms
 from partita.errors import MachineError
 from partita.graph.operator_graph import Phase
 from partita.machine import FULL_FLOAT32, Machine, collective_seconds
+from partita.machine.collectives import Group
 from partita.machine.times import CAUSES, START, OperatorKey, feature
 from partita.plans.layout import Layout, label_sharding
 from partita.plans.plan import Plan
@@ -121,11 +122,49 @@ def operator_cost(
     storage: StorageRule = PLAIN,
 ) -> OperatorCost:
     """The cost of an operator under each assignment, with its parameters stored by a rule."""
-    evaluation = _stateless(terms, ShardCounts(placement, assignments), terms.reductions, storage)
-    evaluation.add_moves()
-    for variable in terms.stored:
-        evaluation.add_variable(variable, storage)
-    return evaluation.cost()
+    (cost,) = costs_by_rule(terms, placement, assignments, [storage])
+    return cost
+
+
+def costs_by_rule(
+    terms: OperatorTerms,
+    placement: Placement,
+    assignments: Sequence[Assignment],
+    rules: Sequence[StorageRule],
+) -> list[OperatorCost]:
+    """[rule]: the cost of an operator under each assignment, with its parameters stored by it."""
+    split = ShardCounts(placement, assignments)
+    kernel_seconds = _kernel_seconds(terms, placement.machine, split)
+    move_seconds_by_phase = _inner_move_seconds(terms, placement, assignments)
+    costs = []
+    for rule in rules:
+        evaluation = _Evaluation(terms, split, kernel_seconds)
+        for reduction in terms.reductions:
+            evaluation.add_reduction(reduction, rule)
+        for halo in terms.halos:
+            evaluation.add_halo(halo)
+        evaluation.exchange_seconds += move_seconds_by_phase
+        for variable in terms.stored:
+            evaluation.add_variable(variable, rule)
+        costs.append(evaluation.cost())
+    return costs
+
+
+def _inner_move_seconds(
+    terms: OperatorTerms,
+    placement: Placement,
+    assignments: Sequence[Assignment],
+) -> np.ndarray:
+    """[PHASES, choice]: seconds of the reshards inside an operator."""
+    total = np.zeros((len(PHASES), len(assignments)))
+    for move in terms.moves:
+        seconds = []
+        for assignment in assignments:
+            source = label_sharding(move.source, assignment)
+            target = label_sharding(move.target, assignment)
+            seconds.append(move_seconds(move, placement, source, target))
+        total[PHASES.index(move.phase)] += seconds
+    return total
 
 
 def stateless_cost(
@@ -134,28 +173,21 @@ def stateless_cost(
     reductions: Iterable[Reduction],
 ) -> OperatorCost:
     """The cost of an operator's kernels, halos and some of its reductions."""
-    return _stateless(terms, split, reductions, PLAIN).cost()
-
-
-def _stateless(
-    terms: OperatorTerms,
-    split: ShardCounts,
-    reductions: Iterable[Reduction],
-    storage: StorageRule,
-) -> _Evaluation:
-    """The evaluation of an operator's kernels, halos and some of its reductions."""
-    evaluation = _Evaluation(terms, split)
+    kernel_seconds = _kernel_seconds(terms, split.placement.machine, split)
+    evaluation = _Evaluation(terms, split, kernel_seconds)
     for reduction in reductions:
-        evaluation.add_reduction(reduction, storage)
+        evaluation.add_reduction(reduction, PLAIN)
     for halo in terms.halos:
         evaluation.add_halo(halo)
-    return evaluation
+    return evaluation.cost()
 
 
 class _Evaluation:
     """The cost of an operator under assignments, added up term by term."""
 
-    def __init__(self, terms: OperatorTerms, split: ShardCounts) -> None:
+    def __init__(
+        self, terms: OperatorTerms, split: ShardCounts, kernel_seconds: np.ndarray
+    ) -> None:
         self.terms = terms
         self.placement = split.placement
         self.machine = split.placement.machine
@@ -164,7 +196,7 @@ class _Evaluation:
         self.variables = {variable.tensor: variable for variable in terms.stored}
         self.split = split
         count = split.count
-        self.kernel_seconds = _kernel_seconds(terms, self.machine, self.split)
+        self.kernel_seconds = kernel_seconds.copy()
         self.exchange_seconds = np.zeros((len(PHASES), count))
         self.gradient_sum_seconds = np.zeros(count)
         self.microbatch_sum_seconds = np.zeros(count)
@@ -192,39 +224,38 @@ class _Evaluation:
 
         ZeRO reads slices of a gradient, which many compilers sum by a reduce-scatter.
         """
-        local_bytes = reduction.nbytes / self.split.shards(reduction.factors)
+        split = self.split
         phase = PHASES.index(reduction.phase)
         is_gradient = reduction.parameter >= 0 and reduction.trips == 1
         groups = [reduction.reduced]
         if not reduction.together:
             groups = [(factor,) for factor in reduction.reduced]
         for factors in groups:
-            for axes, choices in self.split.by_axes(*factors):
-                nbytes = local_bytes[choices]
-                if reduction.kind == "all_gather":
-                    nbytes = nbytes * self.placement.shard_count(axes)
-                if is_gradient:
-                    sliced = self._sliced(reduction.parameter, axes, choices, storage)
-                    seconds = self._gradient_sum_seconds(reduction.kind, nbytes, axes, sliced)
-                    self.gradient_sum_seconds[choices] += seconds
-                    if not reduction.waiting_nbytes:
-                        self.microbatch_sum_seconds[choices] += seconds
-                        continue
-                    waiting_bytes = nbytes * (reduction.waiting_nbytes / reduction.nbytes)
-                    seconds = added_seconds(self.placement, reduction.kind, waiting_bytes, axes)
-                    self.waiting_sum_seconds[choices] += seconds
-                else:
-                    seconds = _seconds(self.placement, reduction.kind, nbytes, axes)
-                    self.exchange_seconds[phase, choices] += seconds * reduction.trips
+            seconds = split.reduction_seconds(reduction, factors, is_gradient)
+            if not is_gradient:
+                self.exchange_seconds[phase] += seconds * reduction.trips
+                continue
+            sliced = self._sliced(reduction.parameter, factors, storage)
+            if sliced is not None and reduction.kind == "all_reduce":
+                scatter = replace(reduction, kind="reduce_scatter")
+                scattered = split.reduction_seconds(scatter, factors, is_gradient)
+                seconds = np.where(sliced, scattered, seconds)
+            self.gradient_sum_seconds += seconds
+            if not reduction.waiting_nbytes:
+                self.microbatch_sum_seconds += seconds
+                continue
+            share = reduction.waiting_nbytes / reduction.nbytes
+            self.waiting_sum_seconds += split.reduction_seconds(
+                reduction, factors, is_gradient, share
+            )
 
     def _sliced(
         self,
         parameter: int,
-        axes: Axes,
-        choices: np.ndarray,
+        factors: Factors,
         storage: StorageRule,
     ) -> np.ndarray | None:
-        """[choice]: whether a parameter is stored in slices over exactly these axes.
+        """[choice]: whether a parameter is stored in slices over exactly the axes of factors.
 
         None if its sums are no reduce-scatters.
         """
@@ -232,28 +263,13 @@ class _Evaluation:
         scatters = self.compiler.scatters and not storage.in_pieces
         if variable is None or not storage.zero or not scatters:
             return None
-        sliced = []
-        for choice in choices:
-            stored = storage.axes(variable, self.placement.mesh, self.assignments[choice])
-            sliced.append(sorted(stored) == sorted(axes))
-        return np.array(sliced)
-
-    def _gradient_sum_seconds(
-        self,
-        kind: str,
-        nbytes: np.ndarray,
-        axes: Axes,
-        sliced: np.ndarray | None,
-    ) -> np.ndarray:
-        """[choice]: seconds that a gradient adds to a combined sum.
-
-        Where `sliced`, the sum is a reduce-scatter.
-        """
-        seconds = added_seconds(self.placement, kind, nbytes, axes)
-        if sliced is None or kind != "all_reduce":
-            return seconds
-        scattered = added_seconds(self.placement, "reduce_scatter", nbytes, axes)
-        return np.where(sliced, scattered, seconds)
+        sliced = np.zeros(self.split.count, bool)
+        for axes, choices in self.split.by_axes(*factors):
+            summed = sorted(axes)
+            for choice in choices:
+                stored = storage.axes(variable, self.placement.mesh, self.assignments[choice])
+                sliced[choice] = sorted(stored) == summed
+        return sliced
 
     def add_halo(self, halo: Halo) -> None:
         """Adds the permutes of a halo, and the kernel that joins it with the device's own rows.
@@ -270,18 +286,10 @@ class _Evaluation:
                 seconds = copied / self.machine.bandwidth_for(copied) + self.machine.overhead
                 self.kernel_seconds[phase, choices] += seconds * halo.trips
             for rows in halo_rows:
-                seconds = _seconds(self.placement, "collective_permute", row_bytes * rows, axes)
+                group = self.placement.group(axes)
+                nbytes = row_bytes * rows
+                seconds = _group_seconds(self.placement, "collective_permute", nbytes, group)
                 self.exchange_seconds[phase, choices] += seconds * halo.trips
-
-    def add_moves(self) -> None:
-        """Adds the reshards inside the operator."""
-        for move in self.terms.moves:
-            seconds = []
-            for assignment in self.assignments:
-                source = label_sharding(move.source, assignment)
-                target = label_sharding(move.target, assignment)
-                seconds.append(move_seconds(move, self.placement, source, target))
-            self.exchange_seconds[PHASES.index(move.phase)] += seconds
 
     def add_variable(self, variable: StoredVariable, storage: StorageRule) -> None:
         """Adds the bytes of a parameter and its slots.
@@ -567,6 +575,8 @@ class ShardCounts:
         self.assignments = assignments
         self.by_factor: dict[int, np.ndarray] = {}
         self.by_factors: dict[Factors, np.ndarray] = {}
+        self._groups: dict[Factors, list[tuple[Group, int, np.ndarray]]] = {}
+        self._reduction_seconds: dict[tuple[object, ...], np.ndarray] = {}
 
     @property
     def count(self) -> int:
@@ -610,14 +620,55 @@ class ShardCounts:
                 groups.setdefault(axes, []).append(i)
         return [(axes, np.array(choices)) for axes, choices in groups.items()]
 
+    def by_group(self, factors: Factors) -> list[tuple[Group, int, np.ndarray]]:
+        """The collectives over the axes that split the factors: (participants, shards of these
+        axes, assignments (indices)).
+        """
+        if factors not in self._groups:
+            together: dict[tuple[Group, int], list[np.ndarray]] = {}
+            for axes, choices in self.by_axes(*factors):
+                key = self.placement.group(axes), self.placement.shard_count(axes)
+                together.setdefault(key, []).append(choices)
+            groups = [(*key, np.concatenate(choices)) for key, choices in together.items()]
+            self._groups[factors] = groups
+        return self._groups[factors]
 
-def _seconds(
-    placement: Placement,
-    kind: str,
-    nbytes: np.ndarray,
-    axes: Sequence[int],
+    def reduction_seconds(
+        self,
+        reduction: Reduction,
+        factors: Factors,
+        is_combined: bool,
+        share: float = 1.0,
+    ) -> np.ndarray:
+        """[assignment]: seconds of a share of a reduction over the axes that split `factors`."""
+        kind = reduction.kind
+        key = (kind, reduction.nbytes, reduction.factors, factors, is_combined, share)
+        if key not in self._reduction_seconds:
+            total = np.zeros(self.count)
+            local_bytes = reduction.nbytes / self.shards(reduction.factors)
+            for group, parts, choices in self.by_group(factors):
+                nbytes = local_bytes[choices]
+                if kind == "all_gather":
+                    nbytes = nbytes * parts
+                nbytes = nbytes * share
+                seconds = _combined_seconds if is_combined else _group_seconds
+                total[choices] = seconds(self.placement, kind, nbytes, group)
+            self._reduction_seconds[key] = total
+        return self._reduction_seconds[key]
+
+
+def _group_seconds(placement: Placement, kind: str, nbytes: np.ndarray, group: Group) -> np.ndarray:
+    return collective_seconds(placement.machine, kind, nbytes, group)
+
+
+def _combined_seconds(
+    placement: Placement, kind: str, nbytes: np.ndarray, group: Group
 ) -> np.ndarray:
-    return collective_seconds(placement.machine, kind, nbytes, placement.group(axes))
+    """Seconds that bytes add to a combined collective, or their own if a backend combines none."""
+    if not placement.machine.backend.combines:
+        return _group_seconds(placement, kind, nbytes, group)
+    with_bytes = _group_seconds(placement, kind, nbytes + COMBINED, group)
+    return with_bytes - placement.seconds(kind, float(COMBINED), group)
 
 
 def added_seconds(
@@ -630,8 +681,4 @@ def added_seconds(
 
     Where a backend combines none, these are their own seconds.
     """
-    if not placement.machine.backend.combines:
-        return _seconds(placement, kind, nbytes, axes)
-    with_bytes = _seconds(placement, kind, nbytes + COMBINED, axes)
-    without = _seconds(placement, kind, np.array([float(COMBINED)]), axes)
-    return with_bytes - without
+    return _combined_seconds(placement, kind, nbytes, placement.group(axes))

@@ -118,7 +118,9 @@ def collective_seconds(
     """
     lines = collective_lines(machine.levels, kind, group)
     if isinstance(nbytes, np.ndarray):
-        times = np.min([line.latency + line.per_byte * nbytes for line in lines], axis=0)
+        times = lines[0].latency + lines[0].per_byte * nbytes
+        for line in lines[1:]:
+            times = np.minimum(times, line.latency + line.per_byte * nbytes)
         return np.where(nbytes > 0, times, 0.0)
     if nbytes <= 0:
         return 0.0

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from partita.cost.evaluate import Assignment, operator_cost
+from partita.cost.evaluate import Assignment, costs_by_rule
 from partita.cost.moves import Placement, move_table
 from partita.cost.operator_terms import Move, OperatorTerms, StoredVariable
 from partita.cost.storage import PLAIN, StorageRule, planned_rule, storage_axes, storage_rules
@@ -320,7 +320,7 @@ def _state_costs(
         with_slots = any(variable.slots for variable in terms.stored)
         rules = storage_rules(placement.mesh, is_accelerated(graph), offload and with_slots)
     assignments = [assignment_of(choice) for choice in choices]
-    costs = [operator_cost(terms, placement, assignments, rule) for rule in rules]
+    costs = costs_by_rule(terms, placement, assignments, rules)
     positions = [_positions(graph, operator, choice) for choice in choices]
     gradients = []
     added = []
