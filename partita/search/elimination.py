@@ -41,6 +41,8 @@ MAX_ENTRIES = 120_000_000
 """Entries of a joint table above which a bucket is cut: plan and bound may then lie apart."""
 MAX_RISES = 24
 """Times that the price of a byte is raised until a plan fits, at most."""
+LAST_PRICE = 1e6
+"""Highest price of a byte, over one at which bytes cost as much as choices differ."""
 ROUNDS = 24
 """Refinements of the price at which plans fit, at most."""
 
@@ -90,12 +92,14 @@ def eliminate(
     history = _History(report)
     answer = _Answer(None, None, 0.0)
     stopped = False
-    folded = None
+    priced_answer = None
     try:
-        if math.isfinite(budget):
-            folded = _price_folded(priced, budget, history, rounds)
-        if folded is not None:
-            answer = folded
+        if least_bytes(problem) > budget:
+            priced_answer = _smallest(priced, budget)
+        elif math.isfinite(budget):
+            priced_answer = _price_folded(priced, budget, history, rounds)
+        if priced_answer is not None:
+            answer = priced_answer
         else:
             answer = _fastest(priced)
             fastest = answer.smallest
@@ -143,6 +147,25 @@ def _fastest(priced: PricedProblem) -> _Answer:
     """The answer without a limit on memory."""
     states, bound = priced.solve(0.0)
     return _Answer(states, states, min(bound, priced.problem.cost(states)))
+
+
+def least_bytes(problem: Problem) -> float:
+    """Bytes below which there is no plan."""
+    return sum(float(nbytes.min()) for nbytes in problem.nbytes)
+
+
+def _smallest(priced: PricedProblem, budget: float) -> _Answer:
+    """The answer where no plan fits: the fastest of the smallest plans, at a price that decides."""
+    price = LAST_PRICE * _price_scale(priced.problem, budget)
+    states, minimum = priced.solve(price, CLOSE_BOUND)
+    smallest = min(states, _least(priced.problem.nbytes), key=priced.problem.memory_bytes)
+    return _Answer(None, smallest, minimum - price * budget)
+
+
+def _price_scale(problem: Problem, budget: float, bound: float = 0.0) -> float:
+    """Seconds of a byte with which the bytes of a budget cost as much as choices differ."""
+    spread = sum(float(np.ptp(seconds)) for seconds in problem.seconds)
+    return max(bound, spread, 1e-12) / max(budget, 1.0)
 
 
 def _price_folded(
@@ -237,8 +260,7 @@ class _PriceSearch:
     def _raise_price(self) -> _Priced | None:
         """The first plan that fits at a rising price. None if the price does not decide."""
         problem = self.problem
-        spread = sum(float(np.ptp(seconds)) for seconds in problem.seconds)
-        scale = max(self.bound, spread, 1e-12) / max(self.budget, 1.0)
+        scale = _price_scale(problem, self.budget, self.bound)
         price = scale / 16
         for _ in range(MAX_RISES):
             states = self._solve(price)
@@ -249,7 +271,7 @@ class _PriceSearch:
                 return _Priced(price, states)
             self.too_large = _Priced(price, states)
             price *= 4
-            if price > 1e6 * scale:
+            if price > LAST_PRICE * scale:
                 self._use_lightest()
                 break
         return None

@@ -33,6 +33,7 @@ import numpy as np
 from partita.cost.evaluate import attached_uses
 from partita.cost.moves import Placement
 from partita.cost.predict import Prediction
+from partita.cost.terms import Terms
 from partita.errors import MemoryBudgetError, PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.graph.rematerialize import Run
@@ -310,10 +311,12 @@ def _can_offload(request: _Request) -> bool:
     return is_gpu and machine.host_memory is not None and not machine.kinds
 
 
-def _baselines(request: _Request, offload: bool = False) -> Baselines:
+def _baselines(request: _Request, terms: Terms | None = None, offload: bool = False) -> Baselines:
     """The baselines, and the cost network that has their choices among its candidates.
 
-    `offload`: whether optimizer slots in the memory of the host are among them.
+    Args:
+        terms: Cost terms of the graph, if they exist already.
+        offload: Whether optimizer slots in the memory of the host are among the candidates.
     """
     graph, machine = request.graph, request.machine
     mesh = mesh_of(machine)
@@ -323,6 +326,7 @@ def _baselines(request: _Request, offload: bool = False) -> Baselines:
         machine,
         mesh,
         list(plans.values()),
+        terms=terms,
         offload=offload,
     )
     return Baselines(network, plans)
@@ -347,7 +351,7 @@ def _runnable(
         limits,
     )
     if max(peaks.values()) > limit_bytes and not searched.stopped and _can_offload(request):
-        baselines = _baselines(request, offload=True)
+        baselines = _baselines(request, baselines.network.terms, offload=True)
         searched, peaks = _search_within_memory(baselines, search, limit_bytes, limits)
     states = without_idle_splits(baselines.space, searched.states)
     if states not in peaks:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partita.search.base import Ends, Problem
-from partita.search.elimination import eliminate
+from partita.search.elimination import PricedProblem, eliminate
 from partita.search.reduce import reduce
 
 
@@ -56,6 +56,22 @@ def test_a_budget_is_respected_and_the_bound_holds(problem: Problem, share: floa
         assert result.bound <= brute.seconds + 1e-9 <= result.seconds + 2e-9
     else:
         assert not result.feasible
+
+
+def test_no_price_is_searched_where_no_plan_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    prices = []
+
+    def solve(self: PricedProblem, price: float, close: float) -> tuple[tuple[int, ...], float]:
+        prices.append(price)
+        return original(self, price, close)
+
+    original = PricedProblem.solve
+    monkeypatch.setattr(PricedProblem, "solve", solve)
+    seconds = [np.array([3.0, 2.0, 1.0])] * 4
+    nbytes = [np.array([5.0, 5.0, 6.0])] * 4
+    result = eliminate(Problem.of(seconds, nbytes, {}), budget=19.0)
+    assert (result.feasible, result.states, result.nbytes) == (False, (1, 1, 1, 1), 20.0)
+    assert len(prices) == 1
 
 
 def test_a_chain_worked_by_hand() -> None:
