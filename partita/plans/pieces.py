@@ -339,7 +339,7 @@ class _Cutter:
 
     def assign_statements(self) -> None:
         """Puts every statement that is not copied into a draft."""
-        crossings, urgent = self._branches()
+        branches = None if self.is_pipeline else self._branches()
         open_drafts: dict[tuple[object, ...], int] = {}
         for k, statement in enumerate(self.flow.statements):
             phase = self.classes[k]
@@ -349,7 +349,8 @@ class _Cutter:
                 phase = "backward"
             needs = self._needs(k)
             key: tuple[object, ...] = (self.place[k], phase)
-            if not self.is_pipeline and phase != "update":
+            if branches is not None and phase != "update":
+                crossings, urgent = branches
                 key = (*key, crossings[k], urgent[k])
             draft = open_drafts.get(key, -1)
             if draft < 0 or any(draft in self.drafts[n].after for n in needs if n != draft):
@@ -496,7 +497,7 @@ class _Cutter:
         if draft.phase != "backward":
             inputs, copied = self._inputs(reads)
             return sorted(own | copied), sorted(set(inputs) - makes)
-        repeated = self._rematerialized(draft)
+        repeated = self._rematerialized[draft.place]
         anew: set[int] = set()
         while True:
             inputs, copied = self._inputs(reads, repeated, anew)
@@ -523,14 +524,14 @@ class _Cutter:
                 extremes |= {n for n in makers if self.place[n] == place}
         return extremes
 
-    def _rematerialized(self, draft: _Draft) -> list[int]:
-        """The forward statements of a place that its backward pass repeats."""
-        repeated = []
+    @cached_property
+    def _rematerialized(self) -> dict[int, list[int]]:
+        """Place -> the forward statements that its backward pass repeats."""
+        repeated: dict[int, list[int]] = defaultdict(list)
         for k, statement_class in enumerate(self.classes):
             owner = self.flow.owner(k)
-            is_here = statement_class == "forward" and self.place[k] == draft.place
-            if is_here and owner >= 0 and self.run_of[owner] >= 0:
-                repeated.append(k)
+            if statement_class == "forward" and owner >= 0 and self.run_of[owner] >= 0:
+                repeated[self.place[k]].append(k)
         return repeated
 
     def _leaves_run(self, statement: int, tensor: int) -> bool:

@@ -353,7 +353,9 @@ def _runnable(
     if max(peaks.values()) > limit_bytes and not searched.stopped and _can_offload(request):
         baselines = _baselines(request, baselines.network.terms, offload=True)
         searched, peaks = _search_within_memory(baselines, search, limit_bytes, limits)
-    states = without_idle_splits(baselines.space, searched.states)
+    states = searched.states
+    if searched.feasible:
+        states = without_idle_splits(baselines.space, states)
     if states not in peaks:
         peaks[states] = peak_bytes(baselines.network, baselines.network.plan(states))
     if peaks[states] <= limit_bytes:
@@ -418,8 +420,9 @@ def _or_rematerialized(
         return result
     network, baselines = result.network, result.baselines
     free = SearchSpace(activations_free(network), baselines.space.baselines)
-    bound = min(result.bound_seconds, elimination(free, limits).bound)
-    result = replace(result, bound_seconds=bound)
+    if network.deals_singly:  # other bounds count no memory, so they hold with rematerialization
+        bound = min(result.bound_seconds, elimination(free, limits).bound)
+        result = replace(result, bound_seconds=bound)
     if request.stages and len(request.graph.instructions) > REMATERIALIZED_INSTRUCTIONS:
         return result
     choices = groupings(request.graph, network.terms)

@@ -278,6 +278,7 @@ class PipelineSpace:
     whose memory was simulated shows."""
     _networks: dict[tuple[int, int], CostNetwork] = field(default_factory=dict)
     _independent: dict[int, bool] = field(default_factory=dict)
+    _experts_on: dict[Mesh, list[Plan]] = field(default_factory=dict)
 
     @property
     def mesh(self) -> Mesh:
@@ -403,18 +404,22 @@ class PipelineSpace:
         """Tensor parallelism over devices of a node, samples over all other axes, where these
         divide the samples of a microbatch. The candidates of large meshes leave some of it out.
         """
-        innermost = [axis for axis in axes if axis.level == axes[-1].level] if axes else []
-        for count in range(1, len(innermost) + 1):
-            plan = megatron(
-                self.graph,
-                self.placement.machine.name,
-                Mesh(tuple(axes)),
-                "data x tensor",
-                sample_axes=len(axes) - count,
-            )
+        for plan in self._megatron_plans(Mesh(tuple(axes))):
             staged = stage_plan(self.graph, replace(plan, microbatches=microbatches))
             if microbatches == 1 or self._divides_samples(staged, microbatches):
                 yield staged
+
+    def _megatron_plans(self, mesh: Mesh) -> list[Plan]:
+        """Tensor parallelism over one device axis of a node, over two, and so on."""
+        if mesh not in self._experts_on:
+            axes = mesh.axes
+            innermost = [axis for axis in axes if axis.level == axes[-1].level]
+            name = self.placement.machine.name
+            self._experts_on[mesh] = [
+                megatron(self.graph, name, mesh, "data x tensor", sample_axes=len(axes) - count)
+                for count in range(1, len(innermost) + 1)
+            ]
+        return self._experts_on[mesh]
 
     def _divides_samples(self, staged: Plan, microbatches: int) -> bool:
         """Whether microbatches split the samples of all operators that have them."""

@@ -26,7 +26,7 @@ from functools import cached_property
 from partita.cost.evaluate import PHASES
 from partita.cost.terms import Terms
 from partita.errors import PlanError
-from partita.graph.operator_graph import OperatorGraph
+from partita.graph.operator_graph import OperatorGraph, per_graph
 from partita.machine import Machine
 from partita.plans.check import check
 from partita.plans.plan import Mesh, Plan, placed_slice
@@ -275,11 +275,7 @@ def at(
         if number is not None:
             choice |= _slice_choice(mesh, axes, number)
         choices[name] = choice
-    home = {}
-    for argument in graph.arguments:
-        operator = graph.home[argument.tensor]
-        if operator >= 0:
-            home[argument.path] = graph.operators[operator].name
+    home = _operator_of_variable(graph)
 
     def storable(path: str, axes: Sequence[str]) -> bool:
         """Whether a variable's operator uses all slices of these axes."""
@@ -290,6 +286,17 @@ def at(
 
     storage = {p: stored for p, stored in plan.storage.items() if storable(p, stored.axes)}
     return replace(plan, choices=choices, storage=storage)
+
+
+@per_graph
+def _operator_of_variable(graph: OperatorGraph) -> dict[str, str]:
+    """Path of an argument -> its operator."""
+    home = {}
+    for argument in graph.arguments:
+        operator = graph.home[argument.tensor]
+        if operator >= 0:
+            home[argument.path] = graph.operators[operator].name
+    return home
 
 
 def _slice_choice(
