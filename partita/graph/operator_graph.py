@@ -528,9 +528,9 @@ def per_graph(function: Callable[[OperatorGraph], U]) -> Callable[[OperatorGraph
     @wraps(function)
     def wrapper(graph: OperatorGraph) -> U:
         derived = graph.derived
-        if function not in derived:
-            derived[function] = function(graph)
-        return derived[function]
+        if wrapper not in derived:
+            derived[wrapper] = function(graph)
+        return derived[wrapper]
 
     return wrapper
 

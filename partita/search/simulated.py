@@ -112,14 +112,15 @@ def simulated(network: CostNetwork) -> Simulated:
     """The simulation of a cost network."""
     overlap = network.placement.machine.backend.overlap
     step = step_structure(network.graph, network.terms)
-    step = without_idle_slots(step, [_takes_time(network, slot) for slot in step.slots])
+    is_timed = _Timed(network)
+    step = without_idle_slots(step, [is_timed(slot) for slot in step.slots])
     laid = step_tasks(step, np.zeros(len(step.slots)), overlap)
     joined = _Joined()
     slots: list[list[_OwnSlot]] = [[] for _ in network.states]
     moves: list[_MoveSlot] = []
     near: list[list[int]] = [[] for _ in network.states]
     for n, slot in enumerate(step.slots):
-        if not _takes_time(network, slot):
+        if not is_timed(slot):
             continue
         task = int(laid.first_task[n])
         hold = int(laid.blocking_task[n])
@@ -226,15 +227,35 @@ def _move_key(slot: Slot) -> MoveKey:
     return slot.operator, slot.reader, slot.phase, slot.read_phase
 
 
-def _takes_time(network: CostNetwork, slot: Slot) -> bool:
-    """Whether a task takes time under any states."""
-    if slot.kind == "move":
-        table = network.moves.get(_move_key(slot))
-        return table is not None and bool(table.any())
-    if slot.kind == "join":
-        return False
-    seconds = network.parts[slot.operator][_part(slot)]
-    return bool(seconds.any())
+class _Timed:
+    """Whether tasks take time under any states; equal tables are read once."""
+
+    def __init__(self, network: CostNetwork) -> None:
+        self.network = network
+        self._known: dict[Hashable, bool] = {}
+
+    def __call__(self, slot: Slot) -> bool:
+        network = self.network
+        if slot.kind == "join":
+            return False
+        if slot.kind == "move":
+            move = _move_key(slot)
+            return move in network.moves and self._any(network.move_kinds[move], move)
+        part = _part(slot)
+        kind = network.problem.kinds[slot.operator]
+        return self._any((kind, part), (slot.operator, part))
+
+    def _any(self, kind: Hashable, place: MoveKey | tuple[int, int]) -> bool:
+        """Whether an array of a kind has an entry other than 0."""
+        if kind not in self._known:
+            network = self.network
+            if len(place) == 4:
+                array = network.moves[place]
+            else:
+                operator, part = place
+                array = network.parts[operator][part]
+            self._known[kind] = bool(array.any())
+        return self._known[kind]
 
 
 def relaxed(network: CostNetwork) -> Problem:

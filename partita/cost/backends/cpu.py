@@ -6,6 +6,7 @@ All-reduces stay where the partitioner puts them. A slice of a sum is taken afte
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from partita.cost.backends.base import Buffers, Compiler, FusionRules
 from partita.cost.sums import LaidOutProgram, Sum
@@ -19,12 +20,12 @@ class XlaCpu(Compiler):
         """The sums of the partitioner."""
         return list(sums)
 
-    @property
+    @cached_property
     def fusion_rules(self) -> FusionRules:
         """Those of its instruction fusion."""
         return FusionRules(self.backend.recomputes, cheap_elementwise=False, reads_written=False)
 
-    @property
+    @cached_property
     def buffers(self) -> Buffers:
         """Zeros and positions of maxima, and transposed copies if the description says so.
 

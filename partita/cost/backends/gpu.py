@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 
 from partita.cost.backends.accelerator import COMBINED_BYTES, XlaAccelerator
 from partita.cost.backends.base import Buffers, FusionRules, ProductShape
@@ -29,7 +30,7 @@ LIMIT_SLOP = 0.95
 class XlaGpu(XlaAccelerator):
     """XLA:GPU."""
 
-    @property
+    @cached_property
     def fusion_rules(self) -> FusionRules:
         """Those of its priority fusion.
 
@@ -48,7 +49,7 @@ class XlaGpu(XlaAccelerator):
             longest_chain=LONGEST_CHAIN,
         )
 
-    @property
+    @cached_property
     def buffers(self) -> Buffers:
         """Kernels with their input channels last, as cuDNN reads them.
 

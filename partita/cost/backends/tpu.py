@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import permutations
 
 import numpy as np
@@ -72,14 +72,14 @@ SELECTING = {
 class XlaTpu(XlaAccelerator):
     """XLA:TPU. Variables are gathered one by one, asynchronously."""
 
-    @property
+    @cached_property
     def fusion_rules(self) -> FusionRules:
         """Products compute their operands, and everything elementwise is computed again."""
         return FusionRules(
             duplicates=True, cheap_elementwise=True, reads_written=True, fuses_operands=True
         )
 
-    @property
+    @cached_property
     def buffers(self) -> Buffers:
         """A product also computes the metric that reads its result."""
         return replace(super().buffers, early_reductions=True, stored_program=True)
