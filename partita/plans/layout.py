@@ -18,6 +18,7 @@ from partita.graph.flat import HEAVY, Reader, readers_of
 from partita.graph.operator_graph import (
     CONDITIONALS,
     Argument,
+    IdentityKey,
     Instruction,
     Label,
     Loop,
@@ -226,7 +227,28 @@ def _same_layout(
 
 
 def layout_of(graph: OperatorGraph, plan: Plan) -> Layout:
-    """The layout of a graph under a plan."""
+    """The layout of a graph under a plan. Plans with equal splits share one, which is cached."""
+    return _layout_of(IdentityKey(graph), _Splits(plan))
+
+
+class _Splits:
+    """The part of a plan that decides a layout; equal by content."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        choices = tuple((name, *choice.items()) for name, choice in plan.choices.items())
+        self.content = plan.mesh, choices, tuple(plan.storage.items()), tuple(plan.offload)
+
+    def __hash__(self) -> int:
+        return hash(self.content)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Splits) and self.content == other.content
+
+
+@lru_cache(maxsize=4)
+def _layout_of(key: IdentityKey[OperatorGraph], splits: _Splits) -> Layout:
+    graph, plan = key.value, splits.plan
     builder = _LayoutBuilder(graph, plan)
     builder.read_in_updates()
     builder.read_uses()
