@@ -116,6 +116,23 @@ class DataFlow:
         return readers
 
     @cached_property
+    def inputs(self) -> list[tuple[int, ...]]:
+        """Per statement, the tensors from which it and copied statements before it compute."""
+        through: dict[int, tuple[int, ...]] = {}
+        """Result of a copied statement -> its inputs."""
+        inputs = []
+        for k, statement in enumerate(self.statements):
+            own: dict[int, None] = {}
+            for t in statement.reads:
+                for source in through.get(t, (t,)):
+                    own[source] = None
+            inputs.append(tuple(own))
+            if self.classes[k] == "copied":
+                for t in statement.makes:
+                    through[t] = tuple(own)
+        return inputs
+
+    @cached_property
     def roles(self) -> dict[int, str]:
         """Tensor of an argument -> its role."""
         return {argument.tensor: argument.role for argument in self.graph.arguments}

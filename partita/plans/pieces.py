@@ -230,9 +230,9 @@ class _Cutter:
             return False
         self.place = places
         read_at: dict[int, set[int]] = defaultdict(set)
-        for k, statement in enumerate(self.flow.statements):
-            if self.classes[k] in ("forward", "backward"):
-                for t in self._inputs(statement.reads)[0]:
+        for k, statement_class in enumerate(self.classes):
+            if statement_class in ("forward", "backward"):
+                for t in self.flow.inputs[k]:
                     if self.flow.roles.get(t) == "parameter":
                         read_at[t].add(places[k])
         moved = {
@@ -279,7 +279,7 @@ class _Cutter:
             k = flow.producer.get(-1 if argument.result is None else argument.result)
             if argument.role != "state" or k is None:
                 continue
-            if self._inputs(flow.statements[k].reads)[0] != [argument.tensor]:
+            if flow.inputs[k] != (argument.tensor,):
                 continue
             readers = [r for r in flow.readers[argument.tensor] if self.classes[r] != "copied"]
             places = {self.place[r] for r in readers if r != k}
@@ -378,7 +378,7 @@ class _Cutter:
     def _needs(self, statement: int) -> set[int]:
         """The drafts whose values a statement reads, also through copied statements."""
         needs = set()
-        for t in self._inputs(self.flow.statements[statement].reads)[0]:
+        for t in self.flow.inputs[statement]:
             if t in self.made_by:
                 needs.add(self.made_by[t])
         return needs
