@@ -43,6 +43,10 @@ MAX_RISES = 24
 """Times that the price of a byte is raised until a plan fits, at most."""
 LAST_PRICE = 1e6
 """Highest price of a byte, over one at which bytes cost as much as choices differ."""
+SMALLEST_PRICE = 64
+"""Price of a budget of bytes over the least seconds of a step, where no plan fits."""
+SMALL = 1e-3
+"""Share of the differences between choices that counts as the least seconds, at least."""
 ROUNDS = 24
 """Refinements of the price at which plans fit, at most."""
 
@@ -155,11 +159,15 @@ def least_bytes(problem: Problem) -> float:
 
 
 def _smallest(priced: PricedProblem, budget: float) -> _Answer:
-    """The answer where no plan fits: the fastest of the smallest plans, at a price that decides."""
-    price = LAST_PRICE * _price_scale(priced.problem, budget)
-    states, minimum = priced.solve(price, CLOSE_BOUND)
-    smallest = min(states, _least(priced.problem.nbytes), key=priced.problem.memory_bytes)
-    return _Answer(None, smallest, minimum - price * budget)
+    """The answer where no plan fits: a plan of about the fewest bytes, at a price that decides.
+
+    A higher price would take the last bytes off at any expense.
+    """
+    problem = priced.problem
+    fastest = sum(float(seconds.min()) for seconds in problem.seconds)
+    price = SMALLEST_PRICE * max(fastest / max(budget, 1.0), SMALL * _price_scale(problem, budget))
+    states, minimum = priced.solve(price)
+    return _Answer(None, states, minimum - price * budget)
 
 
 def _price_scale(problem: Problem, budget: float, bound: float = 0.0) -> float:

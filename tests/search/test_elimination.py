@@ -61,9 +61,9 @@ def test_a_budget_is_respected_and_the_bound_holds(problem: Problem, share: floa
 def test_no_price_is_searched_where_no_plan_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     prices = []
 
-    def solve(self: PricedProblem, price: float, close: float) -> tuple[tuple[int, ...], float]:
+    def solve(self: PricedProblem, price: float) -> tuple[tuple[int, ...], float]:
         prices.append(price)
-        return original(self, price, close)
+        return original(self, price)
 
     original = PricedProblem.solve
     monkeypatch.setattr(PricedProblem, "solve", solve)
