@@ -229,21 +229,25 @@ def illegal_reason(
 
     XLA's partitioner sums the weight gradient of some convolutions over all devices instead of
     those that share the sum (observed with jax 0.10.2 on CPU: the gradient is too large by the
-    number of remaining devices). This affects convolutions split in space and grouped convolutions.
+    number of remaining devices). This affects convolutions split in space, those of loops too, and
+    grouped convolutions.
     The gradient is correct when every device takes part. Some splits of a grouped convolution by
     its channels also give wrong results or abort the process. Only axes of devices count, because
     microbatches split samples over time.
     """
     device_axes = [axis.name for axis in mesh.axes if axis.level >= 0]
-    if graph.operators[operator].kind != "conv" or not device_axes:
+    windowed = _window_factors(graph).get(operator, frozenset())
+    is_convolution = graph.operators[operator].kind == "conv"
+    if not (is_convolution or windowed) or not device_axes:
         return None
     choice = {axis: use for axis, use in choice.items() if axis in device_axes}
     indices = graph.operators[operator].factors
     names = set(choice.values())
     split = {f for f in indices if graph.factors[f].name in names}
     samples = {f for f in split if graph.factors[f].kind == "S"}
-    space = {f for f in split if graph.factors[f].kind == "A"}
-    space |= split & _window_factors(graph).get(operator, frozenset())
+    space = split & windowed
+    if is_convolution:
+        space |= {f for f in split if graph.factors[f].kind == "A"}
     uses_all_axes = len(choice) == len(device_axes)
     if space and not (uses_all_axes and split == samples | space):
         return (
@@ -251,28 +255,32 @@ def illegal_reason(
             "in space too"
         )
     splits_samples_only = uses_all_axes and split == samples
-    if split and _is_grouped(graph, operator) and not splits_samples_only:
+    if is_convolution and split and _is_grouped(graph, operator) and not splits_samples_only:
         return "a grouped convolution can only be split by S, over every axis"
     return None
 
 
 @per_graph
 def _window_factors(graph: OperatorGraph) -> dict[int, frozenset[int]]:
-    """Convolution -> the factors of its result's positions.
+    """Convolution, or loop with convolutions -> the factors of their results' positions.
 
     Their kind is P where a later weight of the operator has height and width, too (a normalization
     over images).
     """
-    factors = {}
-    for number, operator in enumerate(graph.operators):
-        instruction = graph.instructions[operator.heavy]
+    factors: dict[int, frozenset[int]] = {}
+    for index, instruction in enumerate(graph.instructions):
+        number = graph.owner[index]
         rule = instruction.rule
-        if operator.kind != "conv" or rule is None:
+        if instruction.name != "convolution" or instruction.phase != "forward" or rule is None:
+            continue
+        is_heavy = number >= 0 and index == graph.operators[number].heavy
+        if number < 0 or not (is_heavy or graph.operators[number].kind == "loop"):
             continue
         windowed = {f for dim, _ in instruction.windows for f in rule.operands[0][dim]}
         label = graph.labels[instruction.results[0]]
         dims = zip(label, rule.results[0], strict=True)
-        factors[number] = frozenset(f for f, dim in dims if not windowed.isdisjoint(dim))
+        positions = frozenset(f for f, dim in dims if not windowed.isdisjoint(dim) and f >= 0)
+        factors[number] = factors.get(number, frozenset()) | positions
     return factors
 
 

@@ -46,3 +46,22 @@ def test_a_convolution_is_split_over_all_axes_where_xla_sums_over_all(
     assert set(choice.values()) <= names
     reason = illegal_reason(graph, number, choice, MESH)
     assert (reason is None) == (not problem) and problem in (reason or "")
+
+
+@pytest.mark.parametrize(
+    ("choice", "problem"),
+    [({"a": "S"}, ""), ({"a": "A1"}, "split in space"), ({"a": "S", "b": "A1"}, "")],
+)
+def test_a_convolution_of_a_loop_is_split_in_space_over_all_axes(
+    choice: dict[str, str], problem: str
+) -> None:
+    rows = keras.Input((4, 6, 2))
+    x = keras.layers.ConvLSTM1D(4, 3, padding="same", name="loop")(rows)
+    model = keras.Model(rows, keras.layers.Dense(4)(keras.layers.Flatten()(x)))
+    model.compile("sgd", "mse")
+    graph = capture_model(model, (np.zeros((8, 4, 6, 2)), np.zeros((8, 4)))).graph
+    number = [operator.name for operator in graph.operators].index("loop")
+    names = {graph.factors[f].name for f in graph.operators[number].factors}
+    assert set(choice.values()) <= names
+    reason = illegal_reason(graph, number, choice, MESH)
+    assert (reason is None) == (not problem) and problem in (reason or "")
