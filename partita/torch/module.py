@@ -37,6 +37,12 @@ else:
 Arrays = dict[str, Any]
 """JAX arrays, or shapes, by the name of the tensor."""
 LOSS_SCOPE = "loss"
+VALUE_ERRORS = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+    jax.errors.TracerArrayConversionError,
+)
+"""Errors of JAX where a value is needed that is not known while tracing."""
 _PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -233,7 +239,7 @@ def _explained(module: torch.nn.Module) -> Iterator[None]:
     """Inside, an error of a value that is not known while tracing becomes a CaptureError."""
     try:
         yield
-    except jax.errors.ConcretizationTypeError as error:
+    except VALUE_ERRORS as error:
         place = f" ({_line_of_user(error)})" if _line_of_user(error) else ""
         raise CaptureError(
             f"The forward pass of '{type(module).__name__}' needs the value of a tensor in "

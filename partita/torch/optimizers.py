@@ -9,6 +9,7 @@ the new rate. Every other setting is compiled in.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -217,5 +218,7 @@ def clipped(grads: Any, limit: float) -> Any:
 
 def check_clip_norm(limit: float | None) -> None:
     """CaptureError for a limit that is not a positive number."""
-    if limit is not None and not (limit > 0 and math.isfinite(limit)):
-        raise CaptureError(f"clip_norm is {limit}: give a positive number, or None.")
+    if limit is None:
+        return
+    if not isinstance(limit, numbers.Real) or not (limit > 0 and math.isfinite(limit)):
+        raise CaptureError(f"clip_norm is {limit!r}: give a positive number, or None.")

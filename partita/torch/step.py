@@ -220,6 +220,11 @@ def training_step(
         raise CaptureError(
             f"A {type(module).__name__} is no PyTorch module. Give a torch.nn.Module."
         )
+    if loss is not None and not callable(loss):
+        raise CaptureError(
+            f"The loss is {loss!r}: give a function of (outputs, targets), such as "
+            "torch.nn.functional.cross_entropy, or None."
+        )
     _check_module(module)
     check_clip_norm(clip_norm)
     names = names_of(module)

@@ -394,7 +394,20 @@ class View(Branches):
         return y
 
 
+class Chosen(Branches):
+    def forward(self, x: Any) -> Any:
+        y = self.dense(x)
+        return y[y[:, 0] > 0]
+
+
+class ToNumpy(Branches):
+    def forward(self, x: Any) -> Any:
+        return torch.from_numpy(self.dense(x).detach().numpy())
+
+
 REFUSED = {
+    r"return y\[y.* Write torch.where": (Chosen, sgd),
+    r"return torch.from_numpy.* Write torch.where": (ToNumpy, sgd),
     "changes a view in place": (View, sgd),
     "bags of several lengths": (Bags, sgd),
     "running statistics of an instance": (
@@ -426,6 +439,14 @@ def test_a_module_or_optimizer_that_differs_in_jax_is_refused_in_a_sentence(mess
     with pytest.raises(partita.PartitaError, match=message):
         step = partita.torch.parallelize(module, functional.cross_entropy, make_optimizer(module))
         step(batches(1)[0])
+
+
+def test_a_loss_and_a_norm_that_are_none_are_refused_in_a_sentence() -> None:
+    module = perceptron()
+    with pytest.raises(partita.PartitaError, match="The loss is 'mse': give a function"):
+        partita.torch.training_step(module, "mse", sgd(module))
+    with pytest.raises(partita.PartitaError, match="clip_norm is '1': give a positive number"):
+        partita.torch.training_step(module, None, sgd(module), clip_norm="1")
 
 
 def test_a_module_given_to_parallelize_names_the_way() -> None:
