@@ -25,6 +25,16 @@ def save_plan(plan: Plan, path: Path) -> None:
     _write(path, "plan", lambda: plan.save(path))
 
 
+def save_model(model: Any, path: Path) -> None:
+    """Writes a Keras model to a file."""
+
+    def write() -> None:
+        with writing.open_drafts(path) as drafts:
+            model.save(drafts.path(path))
+
+    _write(path, "model", write)
+
+
 def save_text(text: str, path: Path, kind: str) -> None:
     """Writes a text to a file; `kind` names it in messages."""
     _write(path, kind, lambda: writing.write_text(path, text))

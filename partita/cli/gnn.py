@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from partita.cli.files import check_writable, save_page, save_text
+from partita.cli.files import check_writable, save_model, save_page, save_text
 from partita.cli.options import Target, command
 from partita.cli.processes import join_processes, keep_stdout, run_in_processes
 from partita.cli.terminal import err, errors, out
@@ -350,6 +350,7 @@ def train(
             raise GraphError(
                 f"{save.name!r} does not end in .keras: call it {save.stem + '.keras'!r}."
             )
+        check_writable(model=save)
         devices = split.devices
         run_in_processes(split.processes, devices if devices > 1 else None)
         if os.environ.get("PARTITA_LAUNCHED"):
@@ -375,7 +376,7 @@ def train(
         if not is_first:
             return
         if save is not None:
-            trained.save(save)
+            save_model(trained, save)
         if as_json:
             print(json.dumps(facts))
         else:

@@ -287,6 +287,7 @@ def test_a_mistake_in_training_is_one_sentence(tmp_path: Path) -> None:
             ["--save", "model.h5"],
             "'model.h5' does not end in .keras: call it 'model.keras'.",
         ),
+        (["--save", "/nowhere/m.keras"], "The model cannot be written to '/nowhere/m.keras'"),
     ):
         done = gnn("train", tmp_path / "bare.lux", *arguments)
         assert done.exit_code == 2 and sentence in done.stderr and "Traceback" not in done.output
