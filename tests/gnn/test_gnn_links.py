@@ -64,7 +64,7 @@ def test_the_score_is_the_product_of_the_embeddings_of_both_ends() -> None:
     scores = made.predict(graph)[300:, 0]
     x = graph.features
     for stage in made.stages()[:-1]:
-        x = stage(x, as_block(graph), False)
+        x = stage(x, as_block(graph, x), False)
     x = np.asarray(x)
     products = (x[[0, 5, 7]] * x[[1, 200, 7]]).sum(axis=1)
     assert np.allclose(scores, 1 / (1 + np.exp(-products)), rtol=1e-5)

@@ -193,7 +193,7 @@ def test_attention_dropout_in_kernels_equals_that_by_edges(devices: int, self_ed
 
 def test_gradients_of_dropped_attention_equal_those_by_edges() -> None:
     graph: Any = random_graph()
-    block = as_block(graph)
+    block = as_block(graph, graph.features)
     results = []
     for slope in (0.2, 0.2 + 1e-9):
         keras.utils.set_random_seed(5)

@@ -367,7 +367,7 @@ def test_the_page_says_in_words_what_waits_and_what_holds_memory() -> None:
         "held up by collectives",
         "waiting for a collective",
         f"one of its {len(made.critical_path())} tasks",
-        f"Memory at the peak: {format_bytes(made.peak_bytes)}, in dense_8",
+        f"Memory at the peak: {format_bytes(made.peak_bytes)}, in {made.peak_operator}",
         "activations",
         "gathering stored variables",
         "Longest on the critical path",
