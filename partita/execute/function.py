@@ -23,6 +23,7 @@ from partita.capture.jax_functions import Captured
 from partita.capture.targets import CaptureTarget
 from partita.errors import CaptureError, MemoryBudgetError
 from partita.execute import members
+from partita.execute.devices import return_freed_memory
 from partita.execute.process_arrays import digest
 from partita.execute.processes import alone, same
 from partita.execute.program import RunnableStep, runnable_step
@@ -86,6 +87,7 @@ def compiled_in_turn(
             problem = str(error).split(". Use")[0]
             warn(f"{problem}. Planned again within that limit.")
         else:
+            return_freed_memory(verified.peak_bytes, verified.capacity_bytes)
             return planned, program, plan, verified
     raise AssertionError("the loop returns or raises")
 

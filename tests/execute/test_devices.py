@@ -1,11 +1,17 @@
 """The CPU's settings: only where a CPU computes."""
 
+import ctypes
 import os
 
 import jax
 import pytest
 
-from partita.execute.devices import computes_on_cpu, request_cpu_devices
+from partita.execute.devices import (
+    MMAP_MAX,
+    computes_on_cpu,
+    request_cpu_devices,
+    return_freed_memory,
+)
 
 
 @pytest.fixture
@@ -54,3 +60,21 @@ def test_only_a_cpu_that_computes_gets_one_thread(monkeypatch, platforms, names,
     platforms(names)
     request_cpu_devices(4)
     assert os.environ.get("NPROC") == threads
+
+
+@pytest.mark.parametrize(
+    ("peak", "capacity", "expected"), [(70, 100, False), (80, 100, True), (80, None, False)]
+)
+def test_a_plan_that_needs_most_of_the_memory_has_freed_blocks_returned(
+    monkeypatch, peak, capacity, expected
+):
+    settings = {}
+
+    class Library:
+        def mallopt(self, parameter, value):
+            settings[parameter] = value
+            return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Library())
+    assert return_freed_memory(peak, capacity) == expected
+    assert (MMAP_MAX in settings) == expected
