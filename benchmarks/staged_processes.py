@@ -12,7 +12,9 @@ seconds of a forward and a backward pass of a stage; m microbatches should take 
 by data parallelism, in turns; medians and losses. `memory`: control groups limit the memory of each
 process; one process, two and four train by pipelines. A process is expected to be killed if its
 state does not fit. Peaks are those of the kernel, without the memory of Python, JAX and programs,
-which is what a process has beside its state between two steps. Planned peaks are beside them.
+which is what a process has beside its state between two steps. Planned peaks are beside them. Freed
+memory is returned to the system (`PARTITA_RETURN_MEMORY`, 1 unless it is set): kept blocks would add
+up to a quarter.
 `link` and `memory` need root.
 """
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -136,6 +139,7 @@ def train(
     plan: str,
     inside: Sequence[str] = (),
     groups: Sequence[Path] = (),
+    returns: str = "0",
 ) -> tuple[list[dict[str, Any]], str] | None:
     """(the results of all processes, the output of the run); None if it did not end well."""
     command = [sys.executable, "-m", "partita", "run", "--devices", str(processes), "--plan", plan]
@@ -150,6 +154,7 @@ def train(
             "NPROC": "1",
             "OPENBLAS_NUM_THREADS": "1",
             "MALLOC_MMAP_THRESHOLD_": "1000000",
+            "PARTITA_RETURN_MEMORY": os.environ.get("PARTITA_RETURN_MEMORY", returns),
             "JAX_PLATFORMS": "cpu",
         },
         capture_output=True,
@@ -229,7 +234,7 @@ def compare_memory(shape: Shape, folder: Path, limit_bytes: int, microbatches: i
         with control_groups("memory", processes) as groups:
             for group in groups:
                 limit_memory(group, limit_bytes)
-            done = train(shape, folder, processes, name, groups=groups)
+            done = train(shape, folder, processes, name, groups=groups, returns="1")
         ended.append(done is not None)
         if done is None:
             print(f"{processes} processes: stopped", flush=True)
