@@ -17,6 +17,7 @@ from partita.execute import members
 from partita.execute.function import compiled_in_turn
 from partita.execute.program import runnable_step
 from partita.execute.steps import StepRunner
+from partita.execute.verify import check_compiled
 from partita.keras.fit import is_of_arrays
 from partita.management.survival import fingerprint_of
 from partita.plans.baselines import BASELINES
@@ -168,5 +169,5 @@ def test_processes_that_met_again_go_on_with_planned_steps(losses: int, monkeypa
     choices: dict[str, dict[str, str]] = {one.name: {} for one in captured.graph.operators}
     whole = Plan(captured.graph.name, "host", Mesh.of((2,)), choices, batch_size=24)
     monkeypatch.setattr(members, "generation", lambda: losses)
-    planned, *_ = compiled_in_turn(captured, whole, Any, lambda *_: Any, print)
+    planned, *_ = compiled_in_turn(captured, whole, Any, check_compiled, print)
     assert (planned is not None) == bool(losses)
