@@ -180,13 +180,15 @@ def test_names_on_spans_can_be_read_in_every_colour(scheme: str, opened: Any) ->
         for i, (kind, phase) in enumerate([*kinds, ("else", "forward")])
     ]
     tab = opened(timeline_page(by_hand(*spans)), scheme=scheme).tab
-    names = tab.eval_on_selector_all(
-        ".plot text.name", "all => all.map(x => [x.classList[1], getComputedStyle(x).fill])"
+    # One call for each: the plot may be drawn anew in between, and has other elements then.
+    names = tab.evaluate(
+        "[...document.querySelectorAll('.plot text.name')]"
+        ".map(x => [x.classList[1], getComputedStyle(x).fill])"
     )
     fills = dict(
-        tab.eval_on_selector_all(
-            ".plot path[class^=t-]",
-            "all => all.map(x => [x.classList[0], getComputedStyle(x).fill])",
+        tab.evaluate(
+            "[...document.querySelectorAll('.plot path[class^=t-]')]"
+            ".map(x => [x.classList[0], getComputedStyle(x).fill])"
         )
     )
     assert len(names) == len(spans) == len(set(fills.values())), (
