@@ -13,7 +13,7 @@ import glob
 import os
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -263,17 +263,7 @@ def keep_freed_memory() -> bool:
     """
     if os.environ.get("PARTITA_RETURN_MEMORY", "0") != "0":
         return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # not glibc
-        return False
-    return all(
-        [
-            mallopt(MMAP_MAX, 0),
-            mallopt(TRIM_THRESHOLD, 2**31 - 1),
-            mallopt(ARENA_MAX, 1),
-        ]
-    )
+    return _set_allocation({MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, ARENA_MAX: 1})
 
 
 def return_freed_memory(peak_bytes: int, capacity_bytes: int | None) -> bool:
@@ -286,11 +276,16 @@ def return_freed_memory(peak_bytes: int, capacity_bytes: int | None) -> bool:
     is_short = capacity_bytes is not None and peak_bytes * (1 + KEPT_SHARE) > capacity_bytes
     if not is_short or not computes_on_cpu():
         return False
+    return _set_allocation({MMAP_MAX: DEFAULT_MAPS, TRIM_THRESHOLD: DEFAULT_TRIM_BYTES})
+
+
+def _set_allocation(settings: Mapping[int, int]) -> bool:
+    """Sets parameters of mallopt(3); whether all were accepted, False without glibc."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc
         return False
-    return all([mallopt(MMAP_MAX, DEFAULT_MAPS), mallopt(TRIM_THRESHOLD, DEFAULT_TRIM_BYTES)])
+    return all([mallopt(parameter, value) for parameter, value in settings.items()])
 
 
 def start_host_devices(count: int | None = None) -> None:
