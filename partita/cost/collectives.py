@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from partita.cost.backends import Compiler, compiler_of
 from partita.cost.partial import (
@@ -100,6 +100,26 @@ def collectives(
     """
     computed = _Computed(graph, mesh, layout, backend, in_pieces)
     return [*computed.collectives(), *_reshards(graph, mesh, layout, compiler_of(backend))]
+
+
+def over_microbatches(
+    collectives: Iterable[Collective],
+    sums: Mapping[int, int],
+    nbytes: Sequence[int],
+    runs: Callable[[Collective], int],
+) -> Iterator[Collective]:
+    """The collectives of a whole step, from those of one microbatch, each `runs` times.
+
+    `sums`: tensor -> gradient, as `waiting_sums`: such a gradient is summed once, by its bytes.
+    """
+    summed: set[int] = set()
+    for collective in collectives:
+        gradient = sums.get(collective.tensor, -1)
+        if gradient < 0:
+            yield replace(collective, trips=collective.trips * runs(collective))
+        elif gradient not in summed:
+            summed.add(gradient)
+            yield replace(collective, nbytes=nbytes[gradient])
 
 
 def emitted_sums(

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
-from partita.cost.collectives import Collective, collectives
+from partita.cost.collectives import Collective, collectives, over_microbatches
 from partita.cost.partial import summed_values
 from partita.errors import MemoryBudgetError
 from partita.execute.devices import detect
@@ -129,16 +129,8 @@ def planned_collectives(
             for value in summed_values(graph, gradient)
         }
         nbytes = shard_bytes(graph, place.mesh, place.layout)
-        summed = set()
-        for collective in collectives(graph, place.mesh, place.layout, backend):
-            if collective.tensor in sums:
-                gradient = sums[collective.tensor]
-                if gradient not in summed:
-                    summed.add(gradient)
-                    result.append(replace(collective, nbytes=nbytes[gradient]))
-            else:
-                trips = collective.trips * step.runs(number)
-                result.append(replace(collective, trips=trips))
+        of_one = collectives(graph, place.mesh, place.layout, backend)
+        result += over_microbatches(of_one, sums, nbytes, lambda _, n=number: step.runs(n))
     return result
 
 

@@ -19,7 +19,7 @@ from itertools import chain
 
 import numpy as np
 
-from partita.cost.collectives import Collective, collectives
+from partita.cost.collectives import Collective, collectives, over_microbatches
 from partita.cost.evaluate import PARTS, PHASES, OperatorCost, compute_source, operator_costs
 from partita.cost.memory import KINDS, memory
 from partita.cost.moves import (
@@ -428,22 +428,16 @@ class PipelinedStep(SimulatedStep):
         microbatches = self.plan.microbatches
         time_axis = self.stage_plan.mesh.index.get(TIME, -1)
         waiting = waiting_sums(self.graph) if microbatches > 1 else {}
-        summed: set[int] = set()
         traffic: dict[str, float] = defaultdict(float)
         operator_bytes = np.zeros(len(self.graph.operators))
-        for collective in self._collectives:
-            if all(axis == time_axis for axis in collective.axes):
-                continue
-            if collective.tensor in waiting:
-                gradient = waiting[collective.tensor]
-                nbytes = 0 if gradient in summed else self._piece_bytes[gradient]
-                summed.add(gradient)
-            elif collective.phase == "update":
-                nbytes = collective.total
-            else:
-                nbytes = microbatches * collective.total
-            traffic[collective.kind] += nbytes / self.stages
-            operator_bytes[collective.operator] += nbytes
+        for collective in over_microbatches(
+            (one for one in self._collectives if any(axis != time_axis for axis in one.axes)),
+            waiting,
+            self._piece_bytes,
+            lambda one: 1 if one.phase == "update" else microbatches,
+        ):
+            traffic[collective.kind] += collective.total / self.stages
+            operator_bytes[collective.operator] += collective.total
         transfer_bytes = microbatches * sum(t.nbytes for t in self.transfers.values())
         if transfer_bytes:
             traffic["collective_permute"] += transfer_bytes / self.stages
