@@ -32,7 +32,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from partita.cost.fusion import PRODUCTS, Fusion, reads
+from partita.cost.fusion import PRODUCTS, Fusion, kernel_reads
 from partita.cost.joined import computes_rows, joined_kernels
 from partita.cost.partial import Factors, operand_labels, reduced_factors, split_axes
 from partita.graph.flat import Reader, readers_of
@@ -100,7 +100,7 @@ def delayed_kernels(
     products = _delayed_products(graph, layout, fused)
     products |= _delayed_slices(graph, fused, layout, gathers)
     for root, time in products.items():
-        delays[root] = Delay(time, frozenset(reads(graph, fused.kernels[root])))
+        delays[root] = Delay(time, frozenset(kernel_reads(graph, fused)[root]))
     for root in _delayed_losses(graph, layout, fused):
         delays[root] = Delay(_end_of_backward(graph), _reads_of_quotients(graph, fused, root))
     if is_limited:
@@ -143,12 +143,12 @@ def _reads_of_quotients(graph: OperatorGraph, fused: Fusion, root: int) -> froze
     """
     source = producers(graph)
     kernel = fused.kernels[root]
-    tensors = set(reads(graph, kernel))
+    tensors = set(kernel_reads(graph, fused)[root])
     for i in kernel:
         if graph.instructions[i].name == "divide":
             divided = source.get(graph.instructions[i].operands[0], -1)
             if divided in fused.kernels and graph.instructions[divided].name == "divide":
-                tensors.update(reads(graph, fused.kernels[divided]))
+                tensors.update(kernel_reads(graph, fused)[divided])
     return frozenset(tensors)
 
 
@@ -197,7 +197,7 @@ def delayed_reductions(
         if root not in joined:
             first = _first_reduction(graph, source, root)
             delayed[root] = {
-                tensor for i in (root, first) for tensor in reads(graph, fused.kernels.get(i, ()))
+                tensor for i in (root, first) for tensor in kernel_reads(graph, fused).get(i, ())
             }
     return delayed
 
@@ -380,8 +380,8 @@ def delayed_by_repetitions(
     if not ready_at:
         return {}
     delays = {}
-    for root, kernel in fused.kernels.items():
-        tensors = frozenset(reads(graph, kernel))
+    for root, read in kernel_reads(graph, fused).items():
+        tensors = frozenset(read)
         time = max((ready_at[tensor] for tensor in tensors & ready_at.keys()), default=-1)
         is_joined = ends.get(graph.instructions[root].results[0], -1) >= time
         if time > root and not is_joined:

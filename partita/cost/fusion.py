@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -611,6 +611,18 @@ def collective_borders(graph: OperatorGraph, layout: Layout) -> tuple[set[Reader
     return barriers, ends
 
 
+def kernel_reads(graph: OperatorGraph, fused: Fusion) -> Mapping[int, Mapping[int, list[Reader]]]:
+    """Root of a kernel -> its `reads`."""
+    return _kernel_reads(IdentityKey(graph), IdentityKey(fused))
+
+
+@lru_cache(maxsize=4)
+def _kernel_reads(
+    graph: IdentityKey[OperatorGraph], fused: IdentityKey[Fusion]
+) -> dict[int, dict[int, list[Reader]]]:
+    return {root: reads(graph.value, kernel) for root, kernel in fused.value.kernels.items()}
+
+
 def reads(graph: OperatorGraph, kernel: Sequence[int]) -> dict[int, list[Reader]]:
     """Tensor that a kernel reads from memory -> its readers.
 
@@ -622,4 +634,4 @@ def reads(graph: OperatorGraph, kernel: Sequence[int]) -> dict[int, list[Reader]
         for position, tensor in enumerate(graph.instructions[i].operands):
             if tensor not in computed:
                 readers[tensor].append((i, position))
-    return readers
+    return dict(readers)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from partita.cost.fusion import ALONE, FREE, PRODUCTS, Fusion, collective_borders, reads
+from partita.cost.fusion import ALONE, FREE, PRODUCTS, Fusion, collective_borders, kernel_reads
 from partita.graph.flat import HEAVY, LIBRARY_CALLS, Reader
 from partita.graph.operator_graph import (
     IdentityKey,
@@ -84,7 +84,7 @@ def _joined_kernels(
     graph_key: IdentityKey[OperatorGraph], fused_key: IdentityKey[Fusion]
 ) -> Joined:
     graph, fused = graph_key.value, fused_key.value
-    reads_of = {root: reads(graph, kernel) for root, kernel in fused.kernels.items()}
+    reads_of = kernel_reads(graph, fused)
     biases = _bias_kernels(graph, fused, reads_of)
     read_by = {root: frozenset(tensors) for root, tensors in reads_of.items()}
     return _Joiner(graph, fused, read_by, biases).joined()
@@ -111,7 +111,7 @@ def _computed_together(
     barriers, ends = collective_borders(graph, layout_key.value)
     moved = {graph.instructions[reader].operands[position] for reader, position in barriers}
     moved.update(tensor for i in ends for tensor in graph.instructions[i].results)
-    reads_of = {root: reads(graph, kernel) for root, kernel in fused.kernels.items()}
+    reads_of = kernel_reads(graph, fused)
     read_by = _without_light(graph, fused, reads_of, moved)
     # The library of convolutions reads reversed kernels as they are.
     apart = {root for root in fused.kernels if graph.instructions[root].name == "reverse"}
@@ -182,7 +182,7 @@ def joined_times(
         sources = {
             producer.get(tensor, -1)
             for root in roots
-            for tensor in reads(graph, fused.kernels[root])
+            for tensor in kernel_reads(graph, fused)[root]
         }
         ready = max(sources.difference(roots), default=-1)
         times.append((roots, next(root for root in roots if root > ready)))
@@ -194,7 +194,7 @@ def joined_ends(graph: OperatorGraph, layout: Layout, fused: Fusion) -> dict[int
 
     All its results are in memory then.
     """
-    read = {tensor for kernel in fused.kernels.values() for tensor in reads(graph, kernel)}
+    read = {tensor for tensors in kernel_reads(graph, fused).values() for tensor in tensors}
     ends = {}
     for roots, time in joined_times(graph, layout, fused):
         results = {tensor for root in roots for tensor in graph.instructions[root].results}

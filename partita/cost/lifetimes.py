@@ -20,7 +20,7 @@ from partita.cost.delayed import (
     joined_repetitions,
     sums_over_devices,
 )
-from partita.cost.fusion import Fusion, fused_under, reads
+from partita.cost.fusion import Fusion, fused_under, kernel_reads
 from partita.cost.joined import MOVING, joined_ends
 from partita.cost.partial import (
     Factors,
@@ -278,7 +278,7 @@ def _replaced_operands(
         if not names.isdisjoint(MOVING) or result in variables or result not in born:
             continue
         time = runs_at[root]
-        for tensor in reads(graph, kernel).keys() - kept - replaced:
+        for tensor in kernel_reads(graph, fused)[root].keys() - kept - replaced:
             is_last = dies.get(tensor) == time and born.get(tensor, time) < time
             if is_last and _are_alike(graph, layout, tensor, result):
                 replaced.add(tensor)
@@ -343,7 +343,7 @@ def _last_reads(
 ) -> dict[int, int]:
     """Tensor that a kernel reads from memory -> the instruction at which it is last read."""
     instruction = graph.instructions[root]
-    readers = reads(graph, fused.kernels[root])
+    readers = kernel_reads(graph, fused)[root]
     if not compiler_of(backend).buffers.transposed_copies or not transposes(instruction):
         end = program.loops[root].end if root in program.loops else root
         return dict.fromkeys(readers, end)

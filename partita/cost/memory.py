@@ -27,7 +27,7 @@ from partita.cost.backends import compiler_of
 from partita.cost.backends.base import ProductShape
 from partita.cost.collectives import DEFAULT, collectives, emitted_sums
 from partita.cost.delayed import first_backward
-from partita.cost.fusion import ALONE, Fusion, fused_under, reads
+from partita.cost.fusion import ALONE, Fusion, fused_under, kernel_reads
 from partita.cost.joined import computed_together
 from partita.cost.lifetimes import Lifetimes, lifetimes_under, static_lifetimes
 from partita.cost.partial import split_axes
@@ -298,7 +298,7 @@ def _recomputable(
             stored.update(instruction.operands)
     reads_of: dict[int, set[int]] = defaultdict(set)
     """Tensor -> roots of the kernels that read it."""
-    read_by = {root: reads(graph, kernel) for root, kernel in fused.kernels.items()}
+    read_by = kernel_reads(graph, fused)
     for root, tensors in read_by.items():
         for tensor in tensors:
             reads_of[tensor].add(root)
@@ -393,10 +393,10 @@ class _Allocator:
         graph = self.graph
         fused = fused_under(graph, self.layout, self.compiler.fusion_rules)
         sizes = []
-        for root, kernel in fused.kernels.items():
+        for root, read in kernel_reads(graph, fused).items():
             operands = [
                 self._elements(tensor, self.targets.get(readers[0]))
-                for tensor, readers in reads(graph, kernel).items()
+                for tensor, readers in read.items()
             ]
             results = [self._elements(tensor) for tensor in graph.instructions[root].results]
             sizes.append(max((*operands, *results), default=0))

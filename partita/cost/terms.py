@@ -21,7 +21,7 @@ from hashlib import sha256
 
 from partita.cost.backends import compiler_of
 from partita.cost.collectives import DEFAULT, exchanges
-from partita.cost.fusion import EXPENSIVE, FREE, fusion, reads
+from partita.cost.fusion import EXPENSIVE, FREE, fusion, kernel_reads
 from partita.cost.joined import NONE_JOINED, joined_kernels
 from partita.cost.operator_terms import Halo, Move, OperatorTerms, Reduction, StoredVariable, Work
 from partita.cost.partial import (
@@ -179,7 +179,7 @@ class _Collector:
                 continue
             outside = {
                 tensor: readers
-                for tensor, readers in reads(self.graph, kernel).items()
+                for tensor, readers in kernel_reads(self.graph, self.fused)[root].items()
                 if (root, tensor) not in joined.saved
             }
             for operator, members in self._members_by_operator(root, kernel).items():
@@ -645,9 +645,9 @@ class _Collector:
         """Adds the forward values that the backward pass reads to their operators."""
         graph = self.graph
         read_later: set[int] = set()
-        for root, kernel in self.fused.kernels.items():
+        for root, read in kernel_reads(graph, self.fused).items():
             if graph.instructions[root].phase == "backward":
-                read_later.update(reads(graph, kernel))
+                read_later.update(read)
         in_memory = (self.fused.written(graph) & read_later) - self.constants
         for instruction in graph.instructions:
             if instruction.phase != "forward" or instruction.name in FREE:
