@@ -49,6 +49,8 @@ def group(
         # A step without a gradient is all forward.
         instructions = [replace(instruction, phase="forward") for instruction in instructions]
     instructions = _with_forward_loops(instructions, loops)
+    if not is_accelerated:
+        instructions = [_with_whole_positions(instruction) for instruction in instructions]
     program = FlatProgram(
         tensors,
         instructions,
@@ -93,6 +95,22 @@ def group(
         uses=_merged_uses(labels.uses),
         batch_size=batch_size,
     )
+
+
+def _with_whole_positions(instruction: Instruction) -> Instruction:
+    """An instruction whose windows stay whole if it is the weight gradient of a transposed
+    convolution.
+
+    XLA:CPU gathers both operands, and every device computes the gradient of all positions.
+    """
+    rule = instruction.rule
+    if instruction.name != "convolution" or rule is None:
+        return instruction
+    summed = {factor for factor, _ in instruction.windows if factor in rule.reduction}
+    if not summed or all(window.base == 1 for _, window in instruction.windows):
+        return instruction
+    gathered = tuple(sorted(summed.union(rule.gathered)))
+    return replace(instruction, rule=replace(rule, gathered=gathered))
 
 
 def _with_forward_loops(

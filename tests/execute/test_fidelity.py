@@ -45,11 +45,28 @@ def attention():
     return keras.Model(inputs, layers.Dense(8)(layers.Flatten()(x))), (16, 32)
 
 
+def enlarged(strides, size):
+    x = inputs = keras.Input((16, 16, 4))
+    x = layers.Conv2DTranspose(8, size, strides=strides, padding="same", activation="relu")(x)
+    return keras.Model(inputs, layers.Dense(8)(layers.GlobalAveragePooling2D()(x))), (16, 16, 4)
+
+
 @pytest.mark.parametrize(
     "plan", ["data parallel", "ZeRO-3", "tensor parallel", "spatial", "data x tensor"]
 )
 @pytest.mark.parametrize("make", [strided, patches, attention])
 def test_the_compiler_emits_the_planned_collectives(make, plan):
+    compare(make, plan)
+
+
+@pytest.mark.parametrize(("strides", "size"), [((2, 2), 3), ((1, 2), 2), ((1, 1), 3)])
+def test_transposed_convolutions_split_in_space(strides, size):
+    """Every device computes the whole weight gradient where strides dilate split positions."""
+    compare(lambda: enlarged(strides, size), "spatial")
+
+
+def compare(make, plan):
+    """The compiled step of a model under a plan with its plan."""
     keras.utils.clear_session()
     model, shape = make()
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
