@@ -21,6 +21,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 import jax
 import numpy as np
 from jax import export
@@ -50,7 +55,12 @@ from partita.plans.plan import Mesh as PlanMesh
 from partita.plans.plan import Plan
 
 ROUNDS = 5
-"""Timed runs of a program, after one to warm up. The median counts."""
+"""Timed runs of a program, after one to warm up. The median of the settled ones counts."""
+MOST_ROUNDS = 12
+"""Timed runs while less than `SETTLED_RUNS` of some program are settled, at most."""
+SETTLED_RUNS = 3
+FEW_PAGES = 64
+"""Pages that the system may clear in a settled run, beyond the fewest in a run."""
 OPERATORS_FILE = FileKind(
     "a file of operator times",
     "delete the file: it is measured again",
@@ -668,16 +678,32 @@ class _Program:
     part: Part
     run: Any
     values: list[Any]
-    seconds: list[float] = dataclasses.field(default_factory=list)
+    runs: list[tuple[float, int]] = dataclasses.field(default_factory=list)
+    """Seconds of a run, and pages that the system cleared for it."""
 
-    def time(self) -> float:
-        """Seconds of one run. Results take the place of the donated arguments."""
+    def start(self) -> None:
+        """Runs the program once. Results take the place of the donated arguments."""
+        pages = _cleared_pages()
         start = time.perf_counter()
         results = jax.block_until_ready(self.run(*self.values))
-        seconds = time.perf_counter() - start
+        self.runs.append((time.perf_counter() - start, _cleared_pages() - pages))
         for operand, result in self.part.replaced.items():
             self.values[operand] = results[result]
-        return seconds
+
+    @property
+    def settled(self) -> list[float]:
+        """Seconds of the runs in memory that the process has already had, as a step's is.
+
+        Memory is new in the first runs of a program, and clearing it may take longer than the
+        program.
+        """
+        fewest = min(pages for _, pages in self.runs)
+        return [seconds for seconds, pages in self.runs if pages <= fewest + FEW_PAGES]
+
+
+def _cleared_pages() -> int:
+    """Pages that the system has cleared for this process so far; 0 where it does not say."""
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _timed(requests: Sequence[Request], devices: int) -> list[float | None]:
@@ -697,14 +723,16 @@ def _timed(requests: Sequence[Request], devices: int) -> list[float | None]:
         except (ValueError, RuntimeError, NotImplementedError):
             refused.add(n)
     empty = _empty_program(whole)
-    for _ in range(ROUNDS):
+    for number in range(MOST_ROUNDS):
+        if number >= ROUNDS and all(len(p.settled) >= SETTLED_RUNS for p in programs):
+            break
         for program in programs:
-            empty.seconds.append(empty.time())
-            program.seconds.append(program.time())
-    start = median(empty.seconds) if empty.seconds else 0.0
+            empty.start()
+            program.start()
+    start = median(empty.settled) if empty.runs else 0.0
     totals = [0.0] * len(requests)
     for program in programs:
-        totals[program.request] += max(1e-7, median(program.seconds) - start)
+        totals[program.request] += max(1e-7, median(program.settled) - start)
     times: list[float | None] = []
     for n, total in enumerate(totals):
         missing = n in refused or not requests[n].parts
@@ -731,7 +759,8 @@ def _compiled(
     )
     run = jitted.lower(*values).compile()
     program = _Program(request, part, run, values)
-    program.time()
+    program.start()
+    program.runs.clear()
     return program
 
 

@@ -219,3 +219,11 @@ def test_a_spatial_part_slower_than_the_whole_operator_is_discarded(monkeypatch,
             for o in predict_plan(c.graph, found, plans[name]).operators
             if o.name.startswith("conv")
         } == {source}
+
+
+def test_runs_for_which_the_system_clears_memory_do_not_count():
+    program = operators._Program(0, operators.Part(b"", (), (), "", {}), None, [])
+    program.runs = [(0.096, 20482), (0.036, 8576), (0.012, 3), (0.011, 0), (0.013, 0)]
+    assert program.settled == [0.012, 0.011, 0.013]
+    program.runs = [(0.096, 20482), (0.098, 20480)]  # new memory in every run, as in its steps
+    assert program.settled == [0.096, 0.098]
