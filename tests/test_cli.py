@@ -73,9 +73,9 @@ def test_an_option_of_the_script_that_is_nearly_one_of_the_commands_is_pointed_a
 
 def test_options_after_dashes_are_the_scripts_without_a_word(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(
-        "import sys; sys.exit(0 if sys.argv[1:] == ['--devices', '2'] else 9)"
+        "import sys; sys.exit(0 if sys.argv[1:] == ['--devices', '2', '--manage'] else 9)"
     )
-    done = partita("run", str(tmp_path / "train.py"), "--", "--devices", "2")
+    done = partita("run", str(tmp_path / "train.py"), "--", "--devices", "2", "--manage")
     assert done.exit_code == 0
     assert "is passed to the script" not in done.stderr
 

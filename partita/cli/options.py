@@ -92,14 +92,14 @@ class ScriptCommand(TyperCommand):
     """A command whose argument is a script: a file, or after `-m` a module."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        words = ["--manage=act" if word == "--manage" else word for word in args]
-        dashes = words.index("--") if "--" in words else len(words)
-        ctx.meta[_AFTER_DASHES] = words[dashes + 1 :]
-        position = self._position_of_m(words[:dashes])
+        dashes = args.index("--") if "--" in args else len(args)
+        words = ["--manage=act" if word == "--manage" else word for word in args[:dashes]]
+        ctx.meta[_AFTER_DASHES] = args[dashes + 1 :]
+        position = self._position_of_m(words)
         ctx.meta[_MODULE] = position is not None
         if position is not None:
             del words[position]
-        return super().parse_args(ctx, words)
+        return super().parse_args(ctx, words + args[dashes:])
 
     def _position_of_m(self, words: list[str]) -> int | None:
         """Position of a `-m` before the script; a later one is the script's own."""
@@ -155,6 +155,10 @@ def is_module(context: typer.Context) -> bool:
 def _check_script(context: typer.Context, script: Path) -> Path:
     """The script; a usage error if an unknown option stands in its place."""
     word = str(script)
+    if word == "-":
+        raise typer.BadParameter(
+            "'-' names no script. Write the script into a file, or give /dev/stdin."
+        )
     if word.startswith("-"):
         near = _similar_option(context, word, POSSIBLE_SLIP)
         hint = f" Did you mean {near!r}?" if near else ""

@@ -58,12 +58,16 @@ def _check_ungrouped() -> None:
 
 
 def _without(option: str, arguments: list[str]) -> list[str]:
-    """A command line without the first use of an option that takes a value.
+    """A command line without the first use of an option that takes a value; words after `--` are
+    the script's.
 
     >>> _without("--processes", ["run", "--processes", "2", "train.py"])
     ['run', 'train.py']
+    >>> _without("--processes", ["run", "train.py", "--", "--processes", "2"])
+    ['run', 'train.py', '--', '--processes', '2']
     """
-    names = [argument.partition("=")[0] for argument in arguments]
+    dashes = arguments.index("--") if "--" in arguments else len(arguments)
+    names = [argument.partition("=")[0] for argument in arguments[:dashes]]
     if option not in names:
         return arguments
     position = names.index(option)

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
 INTERRUPTED = 130
 """Exit code of a script that Ctrl-C has ended."""
+NOTEBOOK = ".ipynb"
+"""Ending of the names of notebooks."""
 TENSORFLOW_OPERATIONS = (
     "Keras runs on JAX here. TensorFlow's own operations (tf.GradientTape, tf.nn in a layer) "
     "cannot use its values: write keras.ops and train_step instead. Tensors for train_on_batch, "
@@ -115,8 +117,6 @@ def run_script(
 
     session = Session(plan_step, report, manage=manage or no_manager, verifier=verifier)
     models = attaching(plan_step, report_model, verifier, activity or no_activity)
-    if not script.as_module:
-        _read(script.path)
     try:
         with running(session), models as attached_models:
             try:
@@ -157,7 +157,7 @@ def _execute(script: Script, say: Callable[[str], None]) -> None:
         if script.as_module:
             code = _code_of_module(str(script), main)
         else:
-            code = compile(_read(script.path), str(script), "exec", dont_inherit=True)
+            code = compile(_read(script.path), str(main.__file__), "exec", dont_inherit=True)
         try:
             exec(code, vars(main))
         finally:
@@ -202,8 +202,6 @@ def plan_script(script: Script, target: str = "") -> Captured:
     from partita.execute.function import Session, running
     from partita.keras.hooks import first_step
 
-    if not script.as_module:
-        _read(script.path)
     steps: list[Captured] = []
     capture_target = CaptureTarget.of(target) if target else None
 
@@ -243,6 +241,12 @@ def plan_script(script: Script, target: str = "") -> Captured:
 
 
 def _read(path: str | Path) -> bytes:
+    """The source of a script. It is read once: a script may be a pipe (`<(...)`, /dev/stdin)."""
+    if Path(path).suffix == NOTEBOOK:
+        raise PartitaError(
+            f"{str(path)!r} is a notebook. Call partita.parallelize(model) in it, or run its code: "
+            "jupyter nbconvert --to script writes it as a Python file."
+        )
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
@@ -260,14 +264,15 @@ def _read(path: str | Path) -> bytes:
 def _as_main(script: Script) -> Iterator[types.ModuleType]:
     """A `__main__` module, `sys.argv` and `sys.path` for a script; all are put back afterwards."""
     main = types.ModuleType("__main__")
-    vars(main).update(
-        __file__=str(script), __builtins__=__builtins__, __spec__=None, __cached__=None
-    )
+    # Python gives the script's absolute path, by which it finds its data after a change of folder.
+    file = os.path.abspath(str(script))
+    vars(main).update(__file__=file, __builtins__=__builtins__, __spec__=None, __cached__=None)
     before = sys.modules["__main__"], sys.argv, sys.path[:]
     sys.modules["__main__"] = main
     sys.argv = [str(script), *script.arguments]
     folder = os.getcwd() if script.as_module else str(Path(script.path).resolve().parent)
-    sys.path[0:1] = [folder]
+    if not sys.flags.safe_path:
+        sys.path[0:1] = [folder]
     try:
         yield main
     finally:
@@ -295,6 +300,8 @@ def _code_of_module(name: str, main: types.ModuleType) -> types.CodeType:
 
 def _spec_of(name: str) -> Any:
     """Where a module is; None if there is none. Its packages are imported."""
+    if name.startswith("."):
+        return None
     try:
         return importlib.util.find_spec(name)
     except ModuleNotFoundError as error:

@@ -2,6 +2,8 @@
 it stays its own.
 """
 
+import os
+import re
 import sys
 import textwrap
 import warnings
@@ -260,9 +262,26 @@ def test_a_module_runs_as_after_python_m(tmp_path, monkeypatch, capsys):
     assert second == "the package ownpackage"
 
 
-@pytest.mark.parametrize("name", ["nopackage.train", "nopackage", "json.nothing", "keras"])
+def test_a_script_may_be_a_pipe_and_finds_its_data_after_a_change_of_folder(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").write_text("import os; os.chdir('/'); print(__file__)")
+    assert run_script(Script("train.py"), plan) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'train.py'}\n"
+    reader, writer = os.pipe()
+    os.write(writer, b"print('from a pipe')")
+    os.close(writer)
+    assert run_script(Script(f"/dev/fd/{reader}"), plan) == 0
+    os.close(reader)
+    assert capsys.readouterr().out == "from a pipe\n"
+    with pytest.raises(PartitaError, match=r"'train.ipynb' is a notebook. Call partita.parallel"):
+        run_script(Script("train.ipynb"), plan)
+
+
+@pytest.mark.parametrize("name", ["nopackage.train", "nopackage", "json.nothing", "keras", ".own"])
 def test_a_module_that_does_not_exist_is_named(name):
-    with pytest.raises(PartitaError, match=f"There is no module '{name}' to run"):
+    with pytest.raises(PartitaError, match=f"There is no module '{re.escape(name)}' to run"):
         run_script(Script(name, as_module=True), plan)
 
 
