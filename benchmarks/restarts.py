@@ -12,6 +12,7 @@ compilation in them.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import random
@@ -19,11 +20,13 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+from partita.files.folders import temporary_folder
 
 SCRIPT = """
 import json, os, time
@@ -54,6 +57,9 @@ TRAINING_SECONDS = 2.5
 """Length of the training, about: the moments of the signals are drawn from it."""
 TOLERANCE = 1e-5
 TIMEOUT = 600
+FOLDERS = ExitStack()
+"""The folders of all runs, removed at the end."""
+atexit.register(FOLDERS.close)
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ def _options(processes: int) -> list[str]:
 
 def start(script: str, options: Sequence[str]) -> tuple[Path, subprocess.Popen[str]]:
     """A new folder with a script, and its run by `partita run` with these options."""
-    folder = Path(tempfile.mkdtemp(prefix="partita-losses-"))
+    folder = FOLDERS.enter_context(temporary_folder("partita-losses-"))
     (folder / "train.py").write_text(script, encoding="utf-8")
     command = [sys.executable, "-m", "partita", "run", *options, "train.py"]
     environment = {**os.environ, "PARTITA_SEED": "5"}

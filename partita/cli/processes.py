@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import typer
@@ -13,6 +12,7 @@ import typer
 from partita.cli.launch import launch
 from partita.cli.terminal import say
 from partita.errors import PartitaError
+from partita.files.folders import temporary_folder
 from partita.keras_backend import select_jax
 
 
@@ -40,8 +40,8 @@ def run_in_processes(
         arguments = _without(option, arguments)
     if not restarts:
         raise typer.Exit(launch(count, arguments, devices, say, 0, survives, after_loss))
-    with tempfile.TemporaryDirectory(prefix="partita-snapshots-") as folder:
-        arguments[1:1] = ["--snapshots", folder]
+    with temporary_folder("partita-snapshots-") as folder:
+        arguments[1:1] = ["--snapshots", str(folder)]
         raise typer.Exit(launch(count, arguments, devices, say, restarts, survives, after_loss))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from partita.execute.board import Board, Event, Progress, Start, living
+from partita.files.folders import temporary_folder
 
 MEDIANS = 10
 """Median steps that the others wait for a process, before it counts as hung."""
@@ -48,9 +48,9 @@ def coordination(address: str, count: int) -> Iterator[None]:
 @contextmanager
 def new_board(count: int) -> Iterator[Board]:
     """A notice board, in memory if the system has a folder there."""
-    place = str(MEMORY_FOLDER) if os.access(MEMORY_FOLDER, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="partita-board-", dir=place) as folder:
-        yield Board(Path(folder), count)
+    place = MEMORY_FOLDER if os.access(MEMORY_FOLDER, os.W_OK) else None
+    with temporary_folder("partita-board-", place) as folder:
+        yield Board(folder, count)
 
 
 class Survivors:

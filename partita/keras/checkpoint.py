@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import keras
 import numpy as np
@@ -32,6 +32,7 @@ from partita.files.checksums import (
     sealed,
     with_checksum,
 )
+from partita.files.folders import FolderInUseError, lock
 from partita.files.reading import short_reason
 from partita.files.schema import FieldError, items, mapping, row, table, text, whole_number
 
@@ -78,6 +79,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._unsaved_epoch: int | None = None
         self._resumed_epoch: int | None = None
         self._order_seed = 0
+        self._lock: BinaryIO | None = None
         try:
             import orbax.checkpoint as ocp
         except ImportError:
@@ -147,6 +149,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._follow_members()
+        if not members.is_returning():
+            from_first("checkpoint folder", self._locked)
         last = from_first("last epoch saved", lambda: json.dumps(self._manager.latest_step()))
         self._resumed_epoch = json.loads(last)
         self._order_seed = int(np.random.randint(2**31))
@@ -159,6 +163,18 @@ class Checkpoint(keras.callbacks.Callback):
         model: Any = self.model
         # Keras's own BackupAndRestore sets the first epoch like this.
         model._initial_epoch = self._resumed_epoch + 1
+
+    def _locked(self) -> str:
+        """Locks the folder until training ends; PartitaError while another run has it."""
+        self._unlock()
+        try:
+            self._lock = lock(self.folder)
+        except FolderInUseError:
+            raise PartitaError(
+                f"Another run saves its checkpoints in {str(self.folder)!r}. "
+                "Name another folder, or start after the end of that run."
+            ) from None
+        return ""
 
     def _restore(self, epoch: int) -> None:
         """Sets the variables, and the order of samples, as they were after an epoch."""
@@ -260,6 +276,12 @@ class Checkpoint(keras.callbacks.Callback):
         if self._unsaved_epoch is not None:
             self._save(self._unsaved_epoch)
         self._manager.wait_until_finished()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     @contextmanager
     def _readable(self, epoch: int) -> Iterator[None]:

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,14 @@ from partita.execute import members
 from partita.execute.board import Event
 
 pytest.importorskip("orbax.checkpoint")
+HOLDER = """
+import sys, time
+from pathlib import Path
+from partita.files.folders import lock
+file = lock(Path(sys.argv[1]))
+print("locked", flush=True)
+time.sleep(60)
+"""
 X = np.random.default_rng(0).standard_normal((32, 8)).astype("float32")
 
 
@@ -53,6 +63,22 @@ def test_the_first_live_process_writes_after_a_loss(
     _, rest = fit(tmp_path / "parts", 4)
     assert (middle.epoch, rest.epoch) == ([1], [2, 3])
     assert rest.history["loss"] == pytest.approx(whole.history["loss"][2:], rel=1e-6)
+
+
+def test_a_folder_that_another_run_uses_is_refused(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
+        with pytest.raises(
+            PartitaError, match="Another run saves its checkpoints in .* Name another"
+        ):
+            fit(tmp_path, 1)
+    finally:
+        holder.kill()
+        holder.wait()
+    fit(tmp_path, 1)
 
 
 def test_a_model_of_another_structure_is_refused(tmp_path: Path) -> None:
