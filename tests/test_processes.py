@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from partita.errors import PartitaError
+from partita.execute import members, processes
 from partita.execute.process_group import group
 
 SCRIPT = """
@@ -150,6 +151,15 @@ def test_an_error_in_one_process_is_shown_and_named(tmp_path: Path) -> None:
     assert job.returncode == 1
     assert "[process 1] ValueError: only here" in err
     assert "process 1 of 2 stopped with code 1" in err
+
+
+def test_a_failure_of_one_process_is_one_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "alone", lambda: False)
+    monkeypatch.setattr(processes, "exchanged", lambda name, reason: [reason, "no memory"])
+    monkeypatch.setattr(members, "generation", lambda: 0)
+    monkeypatch.setattr(members, "alive", lambda: (0, 1))
+    assert processes.agreed_failure("steps", "") == "Process 1: no memory"
+    assert processes.agreed_failure("steps", "no code") == "no code"
 
 
 def test_different_data_is_found_before_the_first_step(tmp_path: Path) -> None:

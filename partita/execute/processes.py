@@ -173,6 +173,17 @@ def same(name: str, digest: str, hint: str) -> None:
         )
 
 
+def agreed_failure(name: str, reason: str) -> str:
+    """Why this process cannot do something that all do alike, or else why another one cannot; ""
+    if all can. All must call it at the same point; after a loss each answers for itself."""
+    if alone() or members.generation():
+        return reason
+    reasons = exchanged(name, reason)
+    others = zip(members.alive(), reasons, strict=True)
+    failures = [f"Process {number}: {text}" for number, text in others if text]
+    return reason or next(iter(failures), "")
+
+
 def meet_in_store(name: str, seconds: int) -> None:
     """Returns when all live processes have called it, without a collective."""
     store().wait_at_barrier(_key(name), seconds * 1000, list(members.alive()))

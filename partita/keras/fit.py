@@ -44,7 +44,7 @@ from partita.execute.function import (
     shapes_sentence,
 )
 from partita.execute.process_arrays import is_of_group, whole
-from partita.execute.processes import alone, together
+from partita.execute.processes import agreed_failure, alone, together
 from partita.execute.program import RunnableStep
 from partita.execute.steps import StepRunner, settled
 from partita.execute.verify import Verification, Verifier, check_compiled
@@ -313,15 +313,10 @@ class PlannedFit:
     def _compile(self, state: Any, batch: Any) -> Compiled | None:
         """The planned step for these shapes, checked; None where Keras has to run it."""
         model: Any = self.model
-        try:
-            captured = capture_model(model, batch)
-        except CaptureError as error:
-            return self._leave_to_keras(str(error))
-        except Exception as error:  # Keras can still train, or explains the error better
-            return self._leave_to_keras(
-                f"The training step of '{model.name}' cannot be captured: "
-                f"{type(error).__name__}: {error}"
-            )
+        captured, reason = self._captured(batch)
+        reason = agreed_failure("captured steps", reason)
+        if reason or captured is None:
+            return self._leave_to_keras(reason)
         plan = self._plan(captured)
         self._tell_microbatches(plan, captured.graph.batch_size)
         if not members.generation():
@@ -336,15 +331,17 @@ class PlannedFit:
         def verify(planned: RunnableStep, program: Any) -> Verification:
             return self.verifier(planned, program, state, batch)
 
+        planned = program = verified = None
         try:
             with self.activity("compiling the planned step"):
                 planned, program, plan, verified = compiled_in_turn(
                     captured, plan, self.planner, verify, self._warn
                 )
         except jax.errors.JaxRuntimeError as error:
-            return self._leave_to_keras(
-                f"The planned step of '{model.name}' cannot be compiled: {error}"
-            )
+            reason = f"The planned step of '{model.name}' cannot be compiled: {error}"
+        reason = agreed_failure("compiled steps", reason)
+        if reason:
+            return self._leave_to_keras(reason)
         if not self.steps:
             self.runner.plan = plan
             self.verified = verified
@@ -354,6 +351,16 @@ class PlannedFit:
             for line in str(verified).splitlines():
                 self.report(line)
         return Compiled(planned, program)
+
+    def _captured(self, batch: Any) -> tuple[Captured | None, str]:
+        """(the step for a batch, ""), or (None, why it cannot be captured)."""
+        try:
+            return capture_model(self.model, batch), ""
+        except CaptureError as error:
+            return None, str(error)
+        except Exception as error:  # Keras can still train, or explains the error better
+            problem = f"The training step of '{self.model.name}' cannot be captured"
+            return None, f"{problem}: {type(error).__name__}: {error}"
 
     def _plan(self, captured: Captured) -> Plan:
         """The model's plan for these shapes: made once, and again after `compile` if it must be."""

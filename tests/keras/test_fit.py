@@ -396,6 +396,18 @@ def test_what_cannot_be_captured_trains_unplanned_with_one_sentence():
     assert seen
 
 
+def test_a_step_that_another_process_cannot_compile_is_left_to_keras_by_all(monkeypatch):
+    def agreed(name, reason):
+        return reason or ("Process 1: out of memory." if name == "compiled steps" else "")
+
+    said = []
+    model = made(plan="data parallel", report=said.append)
+    monkeypatch.setitem(attach.__globals__, "agreed_failure", agreed)
+    trained(model, *MODELS["mlp"][1], epochs=1)
+    assert devices_of(model) == 1
+    assert said == ["Process 1: out of memory. It trains on one device, as Keras runs it."]
+
+
 def test_a_first_batch_that_is_wrong_is_an_error_of_keras_and_the_next_one_is_planned():
     said = []
     model = made(report=said.append)
