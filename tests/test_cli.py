@@ -14,6 +14,9 @@ import typer
 from typer.testing import CliRunner, Result
 
 from partita.cli.main import app
+from partita.cli.terminal import errors
+from partita.errors import LostProcessError
+from partita.execute import members
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.plans.plan import Plan
@@ -384,3 +387,14 @@ def test_a_closed_output_is_no_error() -> None:
     command = f"{shlex.quote(sys.executable)} -m partita machine list >&-"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_managed_process_says_why_it_gives_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PARTITA_LAUNCHED", "1")
+    for board, said in ((None, ""), (object(), "error: lost for good\n")):
+        monkeypatch.setattr(members._group, "board", board)
+        with pytest.raises(typer.Exit), errors():
+            raise LostProcessError("lost for good")
+        assert capsys.readouterr().err == said

@@ -73,8 +73,7 @@ def errors() -> Iterator[None]:
         yield
     except ProcessError as error:
         lost = isinstance(error, LostProcessError)
-        # The launcher names the process that is lost.
-        if not (lost and os.environ.get("PARTITA_LAUNCHED")):
+        if not (lost and _launcher_names_lost()):
             _print_error(error)
         leave(LostProcessError.exit_code if lost else 2)
     except PartitaError as error:
@@ -86,6 +85,14 @@ def errors() -> Iterator[None]:
     except BrokenPipeError:
         # `main` discards the rest of the output.
         raise typer.Exit(0) from None
+
+
+def _launcher_names_lost() -> bool:
+    """Whether the launcher says all that there is to say about a lost process. Processes that it
+    manages might have gone on, and say themselves why they do not."""
+    members = sys.modules.get("partita.execute.members")
+    is_managed = members is not None and members.board() is not None
+    return bool(os.environ.get("PARTITA_LAUNCHED")) and not is_managed
 
 
 def _print_error(error: PartitaError) -> None:

@@ -281,7 +281,8 @@ class Survival:
         while True:
             causes.update(training.group.leave_lost(WORD_SECONDS))
             if self._refusal or training.group.alive == self._alive:
-                raise error
+                silence = f"the launcher has named no lost process in {WORD_SECONDS:.0f} s."
+                raise LostProcessError(f"{error} Reason: {self._refusal or silence}")
             self._alive = training.group.alive
             try:
                 state, snapshot_step, count = self._recovered(training, state)

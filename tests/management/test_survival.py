@@ -226,7 +226,7 @@ def test_snapshots_that_do_not_fit_are_refused_with_figures(
     training = PlayedTraining()
     training.lost_at = [5]
     log = DecisionLog(None, tmp_path / "decisions.jsonl")
-    with pytest.raises(LostProcessError):
+    with pytest.raises(LostProcessError, match=r"^lost Reason: snapshots do not fit in memory"):
         train(training, Survival(log))
     (line,) = (tmp_path / "decisions.jsonl").read_text().splitlines()
     decision = json.loads(line)
