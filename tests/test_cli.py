@@ -119,6 +119,18 @@ def test_a_file_that_cannot_be_written_is_said_before_the_script_is_started(
     )
 
 
+def test_a_file_that_would_replace_another_one_or_the_script_is_refused(
+    script: str, tmp_path: Path
+) -> None:
+    same = str(tmp_path / "same")
+    done = partita("run", script, "--report", same, "--save-plan", f"{tmp_path}/./same")
+    assert (done.exit_code, "The plan would replace the report in" in done.stderr) == (2, True)
+    (tmp_path / "link.html").symlink_to(script)
+    done = partita("plan", script, "--report", str(tmp_path / "link.html"))
+    assert (done.exit_code, "The report would replace the script in" in done.stderr) == (2, True)
+    assert Path(script).read_text() == NEVER
+
+
 def test_looking_whether_a_file_can_be_written_leaves_it_as_it_was(
     script: str, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@ then (`partita.files.writing`)."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,22 @@ from partita.plans.plan import Plan
 from partita.simulation.timeline import Timeline
 
 
-def check_writable(**files: Path | None) -> None:
-    """PlanError if one of the files, given by its kind, cannot be written."""
-    for kind, path in files.items():
-        if path is not None:
+def check_writable(script: Path | None = None, **files: Path | None) -> None:
+    """PlanError if one of the files, given by its kind, cannot be written, or would replace another
+    one or the script."""
+    named = {"script": script, **files}
+    kinds: dict[str, str] = {}
+    for kind, path in named.items():
+        if path is None:
+            continue
+        if kind != "script":
             _write(path, kind, lambda path=path: writing.check_writable(path))
+        file = os.path.realpath(path)
+        if file in kinds and not writing.is_special(path):
+            raise PlanError(
+                f"The {kind} would replace the {kinds[file]} in {str(path)!r}. Name another file."
+            )
+        kinds[file] = kind
 
 
 def save_plan(plan: Plan, path: Path) -> None:

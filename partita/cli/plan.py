@@ -60,7 +60,7 @@ def plan(
     Example: partita plan train.py --machine tpu-v5e:16 --compile
     """
     with errors():
-        check_writable(report=files.report, plan=files.save_plan)
+        check_writable(script, report=files.report, plan=files.save_plan)
         several = target.machine is not None and "," in target.machine
         if several and compile_plan:
             raise PlanError(

@@ -107,7 +107,7 @@ def run(
     """
     with errors():
         if not os.environ.get("PARTITA_LAUNCHED"):
-            check_writable(report=files.report, plan=files.save_plan)
+            check_writable(script, report=files.report, plan=files.save_plan)
             note_slips(context)
         devices = group.devices
         given = given_plan(plan) if plan is not None else None

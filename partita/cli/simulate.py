@@ -48,7 +48,7 @@ def simulate(
     Example: partita simulate train.py --machine k80-cluster --plan dp
     """
     with errors():
-        check_writable(trace=files.trace, report=files.report)
+        check_writable(script, trace=files.trace, report=files.report)
         activity = Activity(not as_json)
         captured, machine = capture_script(context, script, target, activity)
         with activity.show("searching"):

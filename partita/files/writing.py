@@ -78,7 +78,7 @@ def open_drafts(final: Path) -> Iterator[Drafts]:
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes a file as a whole: it has the new content, or the old one after an OSError."""
     final = Path(path)
-    if _is_special(final):
+    if is_special(final):
         with final.open("wb") as file:
             file.write(content)
         return
@@ -94,7 +94,7 @@ def write_text(path: str | Path, content: str) -> None:
 def check_writable(path: str | Path) -> None:
     """OSError if a file cannot be written later; leaves no trace."""
     final = Path(path)
-    if _is_special(final):
+    if is_special(final):
         with final.open("ab"):
             return
     with open_drafts(final):
@@ -106,7 +106,7 @@ def _target(final: Path) -> Path:
     return Path(os.path.realpath(final)) if final.is_symlink() else final
 
 
-def _is_special(path: Path) -> bool:
+def is_special(path: Path) -> bool:
     """Whether a path is a device, a pipe or a socket, which cannot be replaced."""
     try:
         mode = path.stat().st_mode
