@@ -208,6 +208,47 @@ def mixer():
     return keras.Model(tokens, x), (np.zeros((32, 64), "int32"), np.zeros(32, "int32"))
 
 
+def gpt_large():
+    """A transformer of gigabytes a device, in mixed precision; its scores are stored."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    tokens = keras.Input((1024,), dtype="int32")
+    x = layers.Embedding(32768, 1024)(tokens)
+    for _ in range(4):
+        a = layers.LayerNormalization()(x)
+        x = x + layers.MultiHeadAttention(16, 64)(a, a, use_causal_mask=True)
+        b = layers.LayerNormalization()(x)
+        x = x + layers.Dense(1024)(layers.Dense(4096, activation="gelu")(b))
+    logits = layers.Dense(32768, activation="softmax", dtype="float32")(x)
+    keras.config.set_dtype_policy("float32")
+    return keras.Model(tokens, logits), (np.zeros((64, 1024), "int32"),) * 2
+
+
+def vit_large():
+    """The base size of a vision transformer, in mixed precision."""
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    image = keras.Input((224, 224, 3))
+    x = layers.Reshape((196, 768))(layers.Conv2D(768, 16, strides=16)(image))
+    for _ in range(12):
+        a = layers.LayerNormalization()(x)
+        x = x + layers.MultiHeadAttention(12, 64, dropout=0.1)(a, a)
+        b = layers.Dense(3072, activation="gelu")(layers.LayerNormalization()(x))
+        x = x + layers.Dense(768)(b)
+    x = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
+    classes = layers.Dense(1000, activation="softmax", dtype="float32")(x)
+    keras.config.set_dtype_policy("float32")
+    return keras.Model(image, classes), photographs(512)
+
+
+def photographs(count: int):
+    """Images of the size of ImageNet's, with labels."""
+    return np.zeros((count, 224, 224, 3), "float32"), np.zeros(count, "int32")
+
+
+def large_application(name: str):
+    """A network of keras.applications with 64 of ImageNet's images a device."""
+    return lambda: (getattr(keras.applications, name)(weights=None), photographs(512))
+
+
 MODELS = {
     "lstm": lstm,
     "gpt": gpt,
@@ -224,6 +265,14 @@ MODELS = {
     "vit": vit,
     "mixer": mixer,
 }
+LARGE_MODELS = {
+    "gpt_large": gpt_large,
+    "vit_large": vit_large,
+    "resnet50_large": large_application("ResNet50"),
+    "mobilenetv3small_large": large_application("MobileNetV3Small"),
+    "efficientnetb0_large": large_application("EfficientNetB0"),
+}
+"""Models with gigabytes a device, compiled if `--models` names them."""
 UNSEEN = {"unet", "vit", "mixer"}
 """Models from whose programs no rule of the cost model was made."""
 REMATERIALIZED = " rematerialized"
@@ -380,7 +429,7 @@ def main() -> int:
             plan_names = [plan for plan in plan_names if (arguments.target, name, plan) not in rows]
         if not plan_names:
             continue
-        model, batch = MODELS[name]()
+        model, batch = (MODELS | LARGE_MODELS)[name]()
         model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
         start = time.time()
         captured = capture_model(model, batch, CaptureTarget.of(machine.target))
