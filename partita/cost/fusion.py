@@ -19,7 +19,7 @@ from functools import lru_cache
 
 from partita.cost.backends.base import FusionRules
 from partita.cost.collectives import communicating
-from partita.cost.partial import pending_sums, split_axes, transposes
+from partita.cost.partial import is_grouped, pending_sums, split_axes, transposes
 from partita.graph.flat import EDGE_KERNELS, Reader
 from partita.graph.operator_graph import (
     IdentityKey,
@@ -271,7 +271,7 @@ class _Fuser:
         is_alone = instruction.name in self.alone and not transposes(instruction)
         sources = self.producers[root]
         if is_alone:
-            sources = self.merged.intersection(sources)
+            sources = self.merged.intersection(sources) | self._reversed_kernels(instruction)
         queue = [-source for source in sources]
         heapq.heapify(queue)
         considered: set[int] = set()
@@ -292,9 +292,19 @@ class _Fuser:
                 continue
             inside[candidate] = reused
             self.members[candidate].add(root)
+            if is_alone:
+                continue
             for producer in self.producers[candidate]:
                 heapq.heappush(queue, -producer)
         return tuple(sorted(inside))
+
+    def _reversed_kernels(self, instruction: Instruction) -> set[int]:
+        """The reversal of the kernel of an ungrouped convolution, if that reads it as it is."""
+        is_convolution = instruction.name == "convolution" and not is_grouped(instruction)
+        if not self.rules.reads_reversed or not is_convolution:
+            return set()
+        source = self.producer.get(instruction.operands[1], -1)
+        return {source} if source >= 0 and self._name(source) == "reverse" else set()
 
     def _is_always_fused(self, candidate: int) -> bool:
         """Whether even a reduction over major dims computes an instruction that others read."""

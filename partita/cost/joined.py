@@ -113,9 +113,7 @@ def _computed_together(
     moved.update(tensor for i in ends for tensor in graph.instructions[i].results)
     reads_of = kernel_reads(graph, fused)
     read_by = _without_light(graph, fused, reads_of, moved)
-    # The library of convolutions reads reversed kernels as they are.
-    apart = {root for root in fused.kernels if graph.instructions[root].name == "reverse"}
-    apart |= {root for root in fused.kernels if computes_rows(graph, fused, root)}
+    apart = {root for root in fused.kernels if computes_rows(graph, fused, root)}
     apart |= _bias_kernels(graph, fused, reads_of)
     return _Joiner(graph, fused, read_by, apart).together()
 

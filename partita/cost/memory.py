@@ -649,23 +649,25 @@ class _Allocator:
             self._add(flipped.tensor, nbytes, flipped.available, flipped.instruction)
 
     def add_ordered_kernels(self) -> None:
-        """Adds the copies of variables that convolutions read, each for all that read it alike.
+        """Adds the copies of variables that convolutions read.
 
-        An input gradient reads the reversed kernel, for which cuDNN has a call of its own.
+        A device orders its slice of a stored variable before it gathers the whole. An input
+        gradient reads the reversed kernel, for which cuDNN has a call of its own.
         """
-        times: dict[tuple[int, Sharding], list[int]] = defaultdict(list)
+        times: dict[int, list[int]] = defaultdict(list)
         for i, instruction in enumerate(self.graph.instructions):
             if instruction.name != "convolution" or i in self.program.kernel_gradients:
                 continue
             kernel = instruction.operands[1]
+            reader = i, 1
             source = self.program.producer.get(kernel)
             if source is not None and self.graph.instructions[source].name == "reverse":
                 kernel = self.graph.instructions[source].operands[0]
-            if kernel in self.arguments:
-                sharding = self.targets.get((i, 1), self.layout.shardings[kernel])
-                times[kernel, sharding].append(i)
-        for (kernel, sharding), readers in times.items():
-            self._add(kernel, self._bytes(kernel, sharding), readers[0], readers[-1])
+                reader = source, 0
+            if kernel in self.arguments and reader not in self.targets:
+                times[kernel].append(i)
+        for kernel, readers in times.items():
+            self._add(kernel, self._bytes(kernel), readers[0], readers[-1])
 
     def add_filled_operands(self) -> None:
         """Adds the operands of weight gradients over dilated operands: the one with zeros in its

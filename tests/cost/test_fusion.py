@@ -121,3 +121,26 @@ def test_a_long_chain_is_not_computed_again():
         return len(fusion(graph, rules).computed_in[last])
 
     assert (copies(24), copies(16)) == (2, 1)
+
+
+def test_a_convolution_reads_a_reversed_kernel_as_it_is_unless_it_has_groups():
+    def step(w, x, groups):
+        convolved = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", feature_group_count=groups)
+        return jnp.sum(convolved**2)
+
+    def reversals(groups, reads_reversed):
+        shapes = (8, 8 // groups, 3, 3), (4, 8, 6, 6)
+        args = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+
+        def gradients(w, x):
+            return jax.grad(step, argnums=(0, 1))(w, x, groups)
+
+        graph = capture_program(gradients, args=args).graph
+        rules = FusionRules(
+            False, cheap_elementwise=True, reads_written=True, reads_reversed=reads_reversed
+        )
+        kernels = fusion(graph, rules).kernels
+        return sum(graph.instructions[root].name == "reverse" for root in kernels)
+
+    assert [reversals(1, False), reversals(1, True)] == [1, 0]
+    assert [reversals(8, False), reversals(8, True)] == [1, 1]

@@ -232,16 +232,6 @@ def test_a_value_that_many_kernels_read_is_written():
     assert together == [("add", "cosine")]
 
 
-def test_reversed_kernels_join_no_update():
-    graph = OperatorGraph.load(Path(__file__).parents[1] / "data/cnn.graph.json")
-    layout = layout_of(graph, BASELINES["one device"](graph, GPU.name, mesh_of(GPU)))
-    fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules)
-    reversed_kernels = {r for r in fused.kernels if graph.instructions[r].name == "reverse"}
-    assert reversed_kernels
-    together = computed_together(graph, layout, fused)
-    assert reversed_kernels.isdisjoint(root for roots in together for root in roots)
-
-
 def test_constants_join_no_kernels():
     graph = OperatorGraph.load(Path(__file__).parents[1] / "data/transformer.graph.json")
     runs = groupings(graph, cost_terms(graph, GPU.backend))[0]

@@ -33,6 +33,8 @@ class FusionRules:
     a softmax."""
     fuses_operands: bool = False
     """A product or a convolution computes its operands, even those that others read too."""
+    reads_reversed: bool = False
+    """A convolution without groups reads a reversed kernel as it is, so no copy is written."""
     merges_products: bool = False
     """Products of one operand with several are one product, which also converts these others."""
     adds_in_products: bool = False

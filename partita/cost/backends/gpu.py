@@ -37,13 +37,15 @@ class XlaGpu(XlaAccelerator):
         It fuses a producer into all of its readers, or writes it, and computes slow elementwise
         instructions again. A softmax is one kernel (SoftmaxRewriterTriton). Queries, keys and
         values are one product (DotMerger). cuBLAS adds a product to a sum (GemmRewriter). The code
-        of an error function is too long to be computed again, that of other functions is not.
+        of an error function is too long to be computed again, that of other functions is not. cuDNN
+        has a call for input gradients, which reads the kernel as it is (ConvRewriter).
         """
         return FusionRules(
             duplicates=False,
             cheap_elementwise=True,
             reads_written=True,
             row_kernels=True,
+            reads_reversed=True,
             merges_products=True,
             adds_in_products=True,
             longest_chain=LONGEST_CHAIN,
