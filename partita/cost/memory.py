@@ -558,10 +558,11 @@ class _Allocator:
         """Adds the sums of gradients that wait for a combined all-reduce.
 
         At the all-reduce every gradient is in memory twice: as computed, and summed. If all-reduces
-        have a largest size, they follow each other: one has its operands joined and its sums cut.
+        have a largest size, they follow each other. XLA joins the operands of one in a buffer, sums
+        in place (all-reduce-start), and drops the operands.
         The slices that a reduce-scatter leaves are reshards.
         """
-        limit = 2 * self.compiler.combined_sum_bytes
+        limit = self.compiler.combined_sum_bytes
         for group in self.groups:
             summed = [value for value in group if value.tensor not in self.scattered]
             part = min(1.0, limit / max(sum(value.nbytes for value in summed), 1))

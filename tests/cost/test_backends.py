@@ -386,6 +386,26 @@ def test_a_gpu_orders_the_slices_of_a_stored_kernel_before_it_gathers_them():
     assert KERNEL_BYTES <= course[second] - course[0] < 1.5 * KERNEL_BYTES
 
 
+def test_gradients_of_a_gpu_are_summed_in_place_in_one_buffer_after_another():
+    width = 4096
+
+    def step(weights, x):
+        def loss(weights):
+            y = x
+            for weight in weights:
+                y = jnp.tanh(y @ weight)
+            return (y**2).sum()
+
+        return jax.tree.map(jnp.subtract, weights, jax.grad(loss)(weights))
+
+    weight = jax.ShapeDtypeStruct((width, width), jnp.float32)
+    x = jax.ShapeDtypeStruct((8, width), jnp.float32)
+    graph = capture_program(step, args=((weight,) * 4, x)).graph
+    plan = BASELINES["data parallel"](graph, GPU.name, mesh_of(GPU))
+    used = memory(graph, plan.mesh, layout_of(graph, plan), GPU.backend)
+    assert used.gradients == pytest.approx(30 << 20, rel=0.01)
+
+
 def test_products_of_a_gpu_add_gradients_to_the_sum_of_all_microbatches():
     """[query, key, output]: bytes per byte of a variable. XLA:GPU makes one product of the gradients
     of query and key; a gradient in bfloat16 is converted by the addition."""
