@@ -45,6 +45,7 @@ from partita.plans.plan import Mesh, Plan, mesh_for
 from partita.search.base import Progress, Report, SearchResult
 from partita.search.baselines import HOPELESS, Baselines, peak_bytes
 from partita.search.bound import lower_bound_seconds
+from partita.search.garbage import young_collections_only
 from partita.search.network import CostNetwork, build
 from partita.search.offload import fewest_offloaded, offload_notes
 from partita.search.optional import PLACEMENT, STAGES, BestStep, OptionalPart
@@ -212,13 +213,20 @@ def find(
         _Clock(seconds),
         stages and machine.devices > 1,
     )
+    with young_collections_only():
+        return _found(request, SEARCHES[search])
+
+
+def _found(request: _Request, search: Search) -> PlanResult:
+    """The result of a request, with the notes of its plan."""
+    graph, machine = request.graph, request.machine
     baselines = _baselines(request)
     request.clock.check(graph, machine)
     if request.stages:
         result = _runnable(
             request,
             baselines,
-            SEARCHES[search],
+            search,
             RUNNABLE_SHARE,
         )
         result = _with_larger_space(request, result)
@@ -226,7 +234,7 @@ def find(
         result = _runnable(
             request,
             baselines,
-            SEARCHES[search],
+            search,
             1.0,
         )
     if not result.fits:
