@@ -17,7 +17,7 @@ that fit.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,6 +52,8 @@ ROUNDS = 24
 
 SWEEPS = 5
 """Sweeps of messages between two comparisons of bound and states."""
+FIRST_SWEEPS = (1, 1, 3)
+"""The same for the first of them: two sweeps are enough for most networks of repeated blocks."""
 MAX_SWEEPS = 100
 CLOSE = 1e-9
 """Relative distance from a bound at which states count as the best."""
@@ -375,9 +377,9 @@ class PricedProblem:
         best = None
         best_cost = np.inf
         bound = -np.inf
-        for _ in range(0, MAX_SWEEPS, SWEEPS):
-            previous = bound
-            bound = max(bound, self.messages.sweep(costs, SWEEPS))
+        previous = -np.inf
+        for number, sweeps in enumerate(_sweeps()):
+            bound = max(bound, self.messages.sweep(costs, sweeps))
             states = _polish(priced, np.inf, self.messages.states(costs))
             cost = priced.cost(states)
             if cost < best_cost:
@@ -385,8 +387,11 @@ class PricedProblem:
                 best_cost = cost
             if best_cost - bound <= close * abs(best_cost):
                 break
+            if number + 1 < len(FIRST_SWEEPS):
+                continue
             if bound - previous < 0.02 * (best_cost - bound):
                 break
+            previous = bound
         assert best is not None
         if best_cost - bound > close * abs(best_cost):
             states, eliminated_bound = self._eliminate(costs, best_cost)
@@ -407,6 +412,13 @@ class PricedProblem:
         positions, bound = _eliminated(smaller)
         pairs = zip(possible, positions, strict=True)
         return tuple(int(states[i]) for states, i in pairs), bound
+
+
+def _sweeps() -> Iterator[int]:
+    """The sweeps before each comparison of bound and states."""
+    yield from FIRST_SWEEPS
+    for _ in range(sum(FIRST_SWEEPS), MAX_SWEEPS, SWEEPS):
+        yield SWEEPS
 
 
 def _eliminated(problem: Problem) -> tuple[list[int], float]:
