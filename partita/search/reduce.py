@@ -147,9 +147,8 @@ def _pareto_states(seconds: Array, nbytes: Array, row_classes: Sequence[Array]) 
     """Of all states with equal rows in every table, the Pareto front of seconds and bytes."""
     label = np.zeros(len(seconds), np.int64)
     for classes in row_classes:
-        pairs = np.stack([label, classes])
-        _, label = np.unique(pairs, axis=1, return_inverse=True)
-        label = label.reshape(-1)
+        pairs = label * len(seconds) + classes
+        _, label = np.unique(pairs, return_inverse=True)
     front = []
     last_label = -1
     lightest = np.inf
@@ -178,6 +177,13 @@ def _drop_beaten(problem: Problem) -> _Selection:
     return _Selection([states[kind] for kind in kinds], kinds)
 
 
+def _least_differences(table: Array, rows: Array, rival: int) -> Array:
+    """Per row of a table the least difference from the row of a rival."""
+    chosen = table[rows]
+    chosen -= table[rival]
+    return chosen.min(axis=1)
+
+
 def _unbeaten(seconds: Array, nbytes: Array, tables: Sequence[Array]) -> Array:
     """The states of one variable that no rival beats; `tables` have its states as rows."""
     zero = np.zeros(len(seconds))
@@ -188,12 +194,9 @@ def _unbeaten(seconds: Array, nbytes: Array, tables: Sequence[Array]) -> Array:
     for j in best_first[:RIVALS]:
         if not alive[j]:
             continue
-        differences = []
+        rows = np.flatnonzero(alive & (nbytes >= nbytes[j]))
+        margin = seconds[rows] - seconds[j]
         for table in tables:
-            difference = table - table[j]
-            differences.append(difference.min(axis=1))
-        margin = seconds - seconds[j] + sum(differences, zero)
-        slower = margin > 1e-9 * abs(suited[j])
-        no_lighter = nbytes >= nbytes[j]
-        alive &= ~(slower & no_lighter)
+            margin += _least_differences(table, rows, j)
+        alive[rows[margin > 1e-9 * abs(suited[j])]] = False
     return np.flatnonzero(alive)
