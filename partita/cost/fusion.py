@@ -123,7 +123,8 @@ def fusion(
 
     `split_rows` are reductions whose rows are spread over devices.
     """
-    return _fusion(IdentityKey(graph), rules, split_rows if rules.row_kernels else frozenset())
+    split = {i for i in split_rows if _sums_rows(graph.instructions[i])}
+    return _fusion(IdentityKey(graph), rules, frozenset(split if rules.row_kernels else ()))
 
 
 @lru_cache(maxsize=8)
@@ -321,8 +322,7 @@ class _Fuser:
         """Whether a kernel would read elements of an instruction more than once."""
         return any(
             inside[reader] or self._spreads(reader, candidate)
-            for reader in self.readers[candidate]
-            if reader in inside
+            for reader in inside.keys() & self.readers[candidate]
         )
 
     def _spreads(self, reader: int, producer: int) -> bool:
@@ -575,8 +575,9 @@ class _Cutter:
         new_roots: dict[int, set[int]] = {}
         for root in self.touched:
             for instruction in self.fused.kernels[root]:
-                old_roots = self.fused.computed_in[instruction]
-                new_roots[instruction] = set(old_roots) - self.touched
+                if instruction not in new_roots:
+                    old_roots = self.fused.computed_in[instruction]
+                    new_roots[instruction] = set(old_roots) - self.touched
         for root in self.allowed:
             for instruction in kernels[root]:
                 new_roots[instruction].add(root)

@@ -249,11 +249,11 @@ def lifetimes_under(
     replaced: frozenset[int] = frozenset()
     if compiler_of(backend).buffers.replaced_operands:
         replaced = _replaced_operands(graph, layout, fused, born, dies, runs_at)
-    last_kernel = tuple(
-        max((runs_at[root] for root in roots), default=i)
-        for i, roots in enumerate(fused.computed_in)
-    )
-    return Lifetimes(born, dies, last_kernel, replaced)
+    last_kernel = [roots[-1] if roots else i for i, roots in enumerate(fused.computed_in)]
+    for root, delay in delayed.items():
+        for i in fused.kernels[root]:
+            last_kernel[i] = max(last_kernel[i], delay.time)
+    return Lifetimes(born, dies, tuple(last_kernel), replaced)
 
 
 def _replaced_operands(
@@ -274,8 +274,9 @@ def _replaced_operands(
     replaced: set[int] = set()
     for root, kernel in fused.kernels.items():
         result = graph.instructions[root].results[0]
-        names = {graph.instructions[i].name for i in kernel}
-        if not names.isdisjoint(MOVING) or result in variables or result not in born:
+        if result in variables or result not in born:
+            continue
+        if any(graph.instructions[i].name in MOVING for i in kernel):
             continue
         time = runs_at[root]
         for tensor in kernel_reads(graph, fused)[root].keys() - kept - replaced:
