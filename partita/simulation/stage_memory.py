@@ -25,7 +25,12 @@ from partita.machine import Backend
 from partita.plans.layout import Layout, shard_bytes
 from partita.plans.piece_graph import piece_graph
 from partita.plans.pieces import Cut, Piece
-from partita.plans.pipeline import PER_LATER_STAGE, in_flight, is_whole_pass
+from partita.plans.pipeline import (
+    PER_LATER_STAGE,
+    is_whole_pass,
+    most_in_flight,
+    stage_count,
+)
 from partita.plans.plan import Mesh, Plan
 
 
@@ -89,6 +94,16 @@ class PieceMemories:
         return self.cut.readers()
 
     @cached_property
+    def _in_flight(self) -> list[int]:
+        """[stage]: microbatches whose forward values it stores at once, at most."""
+        plan = self.plan
+        last = stage_count(plan) - 1
+        counts = []
+        for stage in range(len(self.cut.places)):
+            counts.append(most_in_flight(plan.schedule, plan.microbatches, last - stage))
+        return counts
+
+    @cached_property
     def _summed(self) -> frozenset[int]:
         return self.cut.summed if self.plan.microbatches > 1 else frozenset()
 
@@ -149,7 +164,7 @@ class PieceMemories:
         arrived_bytes = 0
         arriving_bytes = 0
         for source, tensors in self._received(stage, "forward").items():
-            arrived_bytes += self._size(tensors) * in_flight(self.plan, source)
+            arrived_bytes += self._size(tensors) * self._in_flight[source]
             arriving_bytes += self._size(tensors)
         moments = [
             self._moment(stage, number, kept_bytes, arrived_bytes)
@@ -178,7 +193,7 @@ class PieceMemories:
     ) -> _Moment:
         """The memory of a stage while one of its pieces runs."""
         piece = self.cut.pieces[number]
-        flying = in_flight(self.plan, stage)
+        flying = self._in_flight[stage]
         if piece.phase == "forward":
             # Its own values for the backward pass are among its results.
             activations = kept_bytes * (flying - 1) + arrived_bytes
@@ -210,7 +225,7 @@ class PieceMemories:
         """
         if self.plan.schedule == "gpipe":
             return self.plan.microbatches
-        return min(PER_LATER_STAGE[self.plan.schedule] + 1, in_flight(self.plan, stage))
+        return min(PER_LATER_STAGE[self.plan.schedule] + 1, self._in_flight[stage])
 
     def _temporaries(self, number: int) -> tuple[int, str]:
         """(bytes of a piece's temporaries, the operator at their peak)."""
