@@ -72,8 +72,9 @@ NEIGHBOUR = 0.99
 stages, relative to that sketch: they are sketched before it is simulated."""
 LEAST_STORED = 0.1
 """Least share of activations that stages store, and the least difference from all of them."""
-NETWORKS = 4
-"""Cost networks in memory: shapes with and without rematerialization share theirs."""
+NETWORKS = 24
+"""Cost networks in memory: shapes with and without rematerialization share theirs, and all sketches
+of a shape."""
 
 
 def pipelines(
