@@ -92,12 +92,16 @@ class Baselines(Mapping[str, tuple[Plan, Prediction]]):
         self,
         name: str,
         limit_bytes: int,
+        hopeless: float = HOPELESS,
     ) -> bool:
-        """Whether one baseline fits in memory. Far above the limit, its peak is not computed."""
+        """Whether one baseline fits in memory.
+
+        Its peak is not computed if the additive count is `hopeless` times the limit.
+        """
         states = self.states[name]
         if (
             states is not None
-            and self.network.problem.memory_bytes(states) > HOPELESS * limit_bytes
+            and self.network.problem.memory_bytes(states) > hopeless * limit_bytes
         ):
             return False
         return self.peak_bytes(name) <= limit_bytes
@@ -106,11 +110,12 @@ class Baselines(Mapping[str, tuple[Plan, Prediction]]):
         self,
         limit_bytes: int,
         limit_seconds: float = np.inf,
+        hopeless: float = HOPELESS,
     ) -> str | None:
         """Name of the fastest baseline that fits and is faster than a limit, None without one."""
         by_seconds = sorted((self.seconds(name), name) for name in self.plans)
         for seconds, name in by_seconds:
-            if seconds < limit_seconds and self.fits(name, limit_bytes):
+            if seconds < limit_seconds and self.fits(name, limit_bytes, hopeless):
                 return name
         return None
 

@@ -31,8 +31,9 @@ from typing import Any
 import numpy as np
 
 from partita.cost.evaluate import attached_uses
+from partita.cost.memory import PeakMemory
 from partita.cost.moves import Placement
-from partita.cost.predict import Prediction
+from partita.cost.predict import Prediction, build_prediction
 from partita.cost.terms import Terms
 from partita.errors import MemoryBudgetError, PlanError
 from partita.graph.operator_graph import OperatorGraph
@@ -85,9 +86,9 @@ BUDGET_MARGIN = 0.98
 """Margin of a lowered budget: plans come in steps of bytes."""
 REMATERIALIZED_PLANS = 4
 """Plans above the memory of a device, the fastest first, for which runs are rematerialized."""
-REMATERIALIZED_INSTRUCTIONS = 50_000
-"""Instructions above which the search for stages alone rematerializes runs, if it follows: plans of
-one stage are among its shapes, and their peak memory takes seconds there."""
+LARGE = 50_000
+"""Instructions above which the search for stages, if it follows, is left the plans of one program
+that need more memory: plans of one stage are among its shapes. Each peak takes seconds there."""
 STATE_SHARES = (1.0, 0.7)
 """Shares of the memory for variables alone, in plans whose activations may be rematerialized."""
 RUNNABLE_SHARE = 0.5
@@ -292,6 +293,11 @@ class _Request:
         """Bytes of a device that a plan may use by its prediction."""
         return int(capacity(self.machine) / max(1.0, self.excess))
 
+    @property
+    def leaves_to_stages(self) -> bool:
+        """Whether plans of one program above the memory of a device are left to stages."""
+        return self.stages and len(self.graph.instructions) > LARGE
+
     def limits(
         self,
         budget: float,
@@ -353,14 +359,14 @@ def _runnable(
         return request.limits(budget, time_share)
 
     searched, peaks = _search_within_memory(
+        request,
         baselines,
         search,
-        limit_bytes,
         limits,
     )
     if max(peaks.values()) > limit_bytes and not searched.stopped and _can_offload(request):
         baselines = _baselines(request, baselines.network.terms, offload=True)
-        searched, peaks = _search_within_memory(baselines, search, limit_bytes, limits)
+        searched, peaks = _search_within_memory(request, baselines, search, limits)
     states = searched.states
     if searched.feasible:
         states = without_idle_splits(baselines.space, states)
@@ -370,24 +376,24 @@ def _runnable(
         searched = replace(searched, states=states)
     network = baselines.network
     plan = network.plan(searched.states)
+    fits_memory = peaks[searched.states] <= limit_bytes
+    if fits_memory or not request.leaves_to_stages:
+        prediction = predicted(request.graph, request.machine, plan, network.terms)
+    else:
+        prediction = _counted(request, plan, searched)
     result = PlanResult(
         plan=plan,
-        prediction=predicted(
-            request.graph,
-            request.machine,
-            plan,
-            network.terms,
-        ),
+        prediction=prediction,
         network=network,
         baselines=baselines,
-        fits=peaks[searched.states] <= limit_bytes,
+        fits=fits_memory,
         smallest_bytes=min(peaks.values()),
         bound_seconds=bound_of_all_plans(network, searched.bound),
         stopped=searched.stopped,
         history=searched.history,
         failures=searched.failures,
     )
-    result = _or_baseline(result, limit_bytes)
+    result = _or_baseline(request, result)
     if result.plan.offload and result.fits:
         plan, prediction = fewest_offloaded(
             request.graph, request.machine, result.plan, result.prediction, limit_bytes
@@ -396,6 +402,19 @@ def _runnable(
     if max(peaks.values()) > limit_bytes and is_accelerated(request.graph):
         result = _or_rematerialized(request, result, limits(limit_bytes), peaks)
     return _or_one_device(request, result) if result.fits else result
+
+
+def _counted(request: _Request, plan: Plan, searched: SearchResult) -> Prediction:
+    """The prediction of a plan of one program that is left to stages, by the sums of the search."""
+    return build_prediction(
+        plan,
+        request.machine,
+        operators=(),
+        memory=PeakMemory(math.ceil(searched.nbytes), 0, 0, 0, 0, 0, 0, 0, "", np.zeros(0)),
+        traffic={},
+        flops=0.0,
+        seconds=searched.seconds,
+    )
 
 
 def bound_of_all_plans(network: CostNetwork, bound_seconds: float) -> float:
@@ -431,7 +450,7 @@ def _or_rematerialized(
     if network.deals_singly:  # other bounds count no memory, so they hold with rematerialization
         bound = min(result.bound_seconds, elimination(free, limits).bound)
         result = replace(result, bound_seconds=bound)
-    if request.stages and len(request.graph.instructions) > REMATERIALIZED_INSTRUCTIONS:
+    if request.leaves_to_stages:
         return result
     choices = groupings(request.graph, network.terms)
     if not choices:
@@ -497,9 +516,9 @@ def _hopeful(
 
 
 def _search_within_memory(
+    request: _Request,
     baselines: Baselines,
     search: Search,
-    limit_bytes: int,
     limits: Callable[[float], Limits],
 ) -> tuple[SearchResult, dict[tuple[int, ...], int]]:
     """The result of a search that fits in memory, or else the last one.
@@ -512,11 +531,14 @@ def _search_within_memory(
     space = baselines.space
     network = baselines.network
     peaks: dict[tuple[int, ...], int] = {}
+    limit_bytes = request.limit_bytes
     budget = float(limit_bytes)
     run: Search = elimination
     fitting: SearchResult | None = None
     for _ in range(BUDGETS):
         result = run(space, limits(budget))
+        if not result.feasible and request.leaves_to_stages:
+            peaks[result.states] = math.ceil(result.nbytes)
         if result.states not in peaks:
             peaks[result.states] = peak_bytes(network, network.plan(result.states))
         peak = peaks[result.states]
@@ -532,14 +554,15 @@ def _search_within_memory(
     return fitting or result, peaks
 
 
-def _or_baseline(result: PlanResult, limit_bytes: int) -> PlanResult:
+def _or_baseline(request: _Request, result: PlanResult) -> PlanResult:
     """The fastest baseline that fits, if it is faster than the plan or the plan does not fit.
 
     Only a search that was interrupted, or whose budget was lowered, ends above a baseline that
     fits.
     """
     limit_seconds = result.prediction.seconds * (1 - 1e-12) if result.fits else np.inf
-    name = result.baselines.fastest(limit_bytes, limit_seconds)
+    hopeless = 1.0 if request.leaves_to_stages else HOPELESS
+    name = result.baselines.fastest(request.limit_bytes, limit_seconds, hopeless)
     if name is None:
         return result
     plan, prediction = result.baselines[name]
@@ -613,10 +636,10 @@ def _with_larger_space(request: _Request, result: PlanResult) -> PlanResult:
     """The result with stages and placement in the space."""
     terms, machine = result.network.terms, request.machine
     bound = min(result.bound_seconds, lower_bound_seconds(terms, machine, machine.devices))
-    start = result.plan
+    one_program = result
     result = replace(result, placed_bound_seconds=bound)
     result = _with_stages(request, result)
-    result = _with_placement(request, result, start)
+    result = _with_placement(request, result, one_program)
     return replace(result, staged_bound_seconds=_staged_bound(request, result))
 
 
@@ -647,16 +670,17 @@ def _with_stages(request: _Request, result: PlanResult) -> PlanResult:
 def _with_placement(
     request: _Request,
     result: PlanResult,
-    start: Plan,
+    one_program: PlanResult,
 ) -> PlanResult:
     """The result with placed operators in the space.
 
-    `start` is the best plan without placement and stages.
-
-    Placement hardly changes memory: it is not tried if no plan is near the memory of a device.
+    `one_program` is the best without placement and stages. Placement hardly changes memory: it is
+    not tried if no plan of one program is near the memory of a device.
     """
-    if not result.fits and result.smallest_bytes > HOPELESS * request.limit_bytes:
+    hopeless = 1.0 if request.leaves_to_stages else HOPELESS
+    if not one_program.fits and one_program.smallest_bytes > hopeless * request.limit_bytes:
         return result
+    start = one_program.plan
     if not start.mesh.axes:
         start, _ = result.baselines["one device"]
 
