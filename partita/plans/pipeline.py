@@ -19,10 +19,11 @@ import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from partita.errors import PlanError
-from partita.graph.operator_graph import OperatorGraph, Phase
+from partita.graph.operator_graph import IdentityKey, OperatorGraph, Phase
 from partita.plans.plan import TIME, Axis, Mesh, Plan, is_accelerator, placed_slice
 
 Task = tuple[Literal["forward", "backward"], int]
@@ -45,6 +46,12 @@ class Pass(NamedTuple):
 
 def stage_axes(plan: Plan) -> tuple[int, ...]:
     """The mesh axes on which operators are placed, by number."""
+    return _stage_axes(IdentityKey(plan))
+
+
+@lru_cache(maxsize=8)
+def _stage_axes(key: IdentityKey[Plan]) -> tuple[int, ...]:
+    plan = key.value
     names = set()
     for choice in plan.choices.values():
         for axis, use in choice.items():
