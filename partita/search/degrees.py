@@ -140,6 +140,7 @@ class DegreeCounts(ShardCounts):
     def __init__(self, kinds: AxisKinds, factors: Factors, degrees: Array) -> None:
         super().__init__(kinds.placement, ())
         self.kinds = kinds
+        self.factors = factors
         self.degrees = degrees
         self._position = {factor: number for number, factor in enumerate(factors)}
         shards = kinds.shards(degrees)
@@ -148,6 +149,10 @@ class DegreeCounts(ShardCounts):
     @property
     def count(self) -> int:
         return len(self.degrees)
+
+    def chosen(self, choices: Array) -> DegreeCounts:
+        """The counts of some choices alone."""
+        return DegreeCounts(self.kinds, self.factors, self.degrees[choices])
 
     def numbers(self, factors: Factors) -> Array:
         """Numbers of axes that split any of the factors, [choice, kind]."""
@@ -179,9 +184,28 @@ def least_operator_seconds(terms: OperatorTerms, split: DegreeCounts, weights: A
             others.append(reduction)
     seconds = weights @ stateless_cost(terms, split, others).parts()
     for variable in terms.stored:
-        storage = _Storage(variable, split, sums[variable.tensor], weights)
-        seconds = seconds + storage.least_seconds()
+        reductions = sums[variable.tensor]
+        different, number = _different_for(variable, reductions, split)
+        storage = _Storage(variable, different, reductions, weights)
+        seconds = seconds + storage.least_seconds()[number]
     return seconds
+
+
+def _different_for(
+    variable: StoredVariable, reductions: Sequence[Reduction], split: DegreeCounts
+) -> tuple[DegreeCounts, Array]:
+    """(choices that differ for a variable and the sums of its gradient, [choice]: its number).
+
+    They are some hundred of a hundred thousand.
+    """
+    labels = [_factors_of(variable)]
+    for reduction in reductions:
+        labels += [reduction.factors, *_groups(reduction)]
+    numbers = np.stack([split.numbers(factors) for factors in labels], axis=1)
+    _, number = distinct_rows(numbers)
+    first = np.zeros(int(number.max(initial=-1)) + 1, np.int64)
+    first[number[::-1]] = np.arange(len(number))[::-1]
+    return split.chosen(first), number
 
 
 def least_addition_seconds(terms: OperatorTerms, split: DegreeCounts) -> Array:
@@ -189,9 +213,13 @@ def least_addition_seconds(terms: OperatorTerms, split: DegreeCounts) -> Array:
     bandwidth = split.placement.machine.bandwidth_for(np.zeros(1))
     local_bytes = np.zeros(split.count)
     for variable in terms.stored:
-        factors = tuple(factor for factor in variable.label if factor >= 0)
-        local_bytes += variable.added / split.shards(factors)
+        local_bytes += variable.added / split.shards(_factors_of(variable))
     return local_bytes / bandwidth
+
+
+def _factors_of(variable: StoredVariable) -> Factors:
+    """The factors that split a variable."""
+    return tuple(factor for factor in variable.label if factor >= 0)
 
 
 class _Storage:
@@ -207,7 +235,7 @@ class _Storage:
         self.variable = variable
         self.split = split
         self.weights = weights
-        self.factors = tuple(factor for factor in variable.label if factor >= 0)
+        self.factors = _factors_of(variable)
         self.shards = split.shards(self.factors)
         self._distinct_shards, self._shards_number = np.unique(self.shards, return_inverse=True)
         self.sums = [_Sum.of(one, factors, split) for one in reductions for factors in _groups(one)]
@@ -360,7 +388,8 @@ def least_move_table(move: Move, kinds: AxisKinds, sources: Shardings, targets: 
         seconds.append(move.trips * nbytes / inside * seconds_per_byte)
     if not seconds:
         return np.zeros((sources.count, targets.count), np.float32)
-    moved = _reshard_table(np.array(before), np.array(after), np.array(seconds))
+    after_by_dim = np.ascontiguousarray(np.array(after).transpose(0, 2, 1))
+    moved = _reshard_table(np.array(before), after_by_dim, np.array(seconds))
     if move.sums:
         _add_sums(moved, move, kinds, sources, targets)
     else:
@@ -381,22 +410,36 @@ def _most_microbatches(kinds: AxisKinds, sources: Shardings, targets: Shardings)
 def _reshard_table(before, after, seconds):
     """Least seconds of a reshard, [source, target].
 
-    `before` and `after` are shards, [level, sharding, dim]; `seconds` are those in which the whole
-    tensor crosses a level.
+    `before` and `after` are shards, [level, sharding, dim] and [level, dim, sharding]; `seconds`
+    are those in which the whole tensor crosses a level. Loops over targets have no branches, so
+    that they are vectorized.
     """
     levels, sources, dims = before.shape
-    table = np.zeros((sources, after.shape[1]), np.float32)
+    targets = after.shape[2]
+    table = np.zeros((sources, targets), np.float32)
+    received = np.empty((levels, targets))
+    overlap = np.empty(targets)
     for level in range(levels):
-        for s in range(sources):
-            row = table[s]
-            for t in range(after.shape[1]):
-                needed = 1.0
-                overlap = 1.0
-                for dim in range(dims):
-                    needed *= after[level, t, dim]
-                    overlap *= max(before[level, s, dim], after[level, t, dim])
-                least = seconds[level] * (1 / needed - 1 / overlap)
-                row[t] = max(row[t], np.float32(least))
+        for t in range(targets):
+            received[level, t] = 1.0
+        for dim in range(dims):
+            for t in range(targets):
+                received[level, t] *= after[level, dim, t]
+        for t in range(targets):
+            received[level, t] = 1 / received[level, t]
+    for s in range(sources):
+        row = table[s]
+        for level in range(levels):
+            for t in range(targets):
+                overlap[t] = 1.0
+            for dim in range(dims):
+                shards = before[level, s, dim]
+                for t in range(targets):
+                    overlap[t] *= max(shards, after[level, dim, t])
+            whole = seconds[level]
+            for t in range(targets):
+                least = np.float32(whole * (received[level, t] - 1 / overlap[t]))
+                row[t] = max(row[t], least)
     return table
 
 
@@ -409,40 +452,72 @@ def _add_sums(
     summed = sources.degrees[:, count:].sum(axis=1)
     sum_seconds = _sum_seconds(move, kinds, dims, summed, "all_reduce")
     whole = sources.least_of_classes(sum_seconds).astype(np.float32)
-    table += whole[:, None]
-    keeps = _equal(sources.least[:, :count], targets.least[:, :count])
-    table[keeps] = np.broadcast_to(whole[:, None] / move.share, table.shape)[keeps]
+    saved = np.zeros(sources.count, np.float32)
+    source_kind = np.zeros(sources.count, np.int64)
+    target_kind = np.zeros(targets.count, np.int64)
+    may_overlap = np.zeros((1, 1), bool)
     if move.scatters:
         scattered = _sum_seconds(move, kinds, dims, summed, "reduce_scatter") / move.share
         scattered = np.minimum(sources.least_of_classes(scattered), whole).astype(np.float32)
+        is_partial = (sources.most[:, count:].sum(axis=(1, 2)) > 0).astype(np.int64)
         devices = kinds.are_devices
-        is_slice = _overlap(
-            (sources.least.sum(axis=1) * devices, sources.most.sum(axis=1) * devices),
-            (
-                targets.least[:, :count].sum(axis=1) * devices,
-                targets.most[:, :count].sum(axis=1) * devices,
-            ),
-        )
-        is_slice &= (sources.most[:, count:].sum(axis=(1, 2)) > 0)[:, None]
-        saved = np.broadcast_to((whole - scattered)[:, None], table.shape)
-        table[is_slice] -= saved[is_slice]
-    np.maximum(table, 0, out=table)
-    table[_equal(sources.least, targets.least)] = 0.0
+        source_sums = [each.sum(axis=1) * devices for each in (sources.least, sources.most)]
+        target_sums = [
+            each[:, :count].sum(axis=1) * devices for each in (targets.least, targets.most)
+        ]
+        left, source_kind = distinct_rows(np.column_stack([*source_sums, is_partial]))
+        right, target_kind = distinct_rows(np.column_stack(target_sums))
+        may_overlap = _overlap(left[:, :-1], right) & (left[:, -1] > 0)[:, None]
+        saved = whole - scattered
+    _sum_entries(
+        table,
+        (whole, whole / move.share, saved),
+        _numbers(sources.least[:, :count], targets.least[:, :count]),
+        _numbers(sources.least, targets.least),
+        (source_kind, target_kind, may_overlap),
+    )
 
 
-def _overlap(left: tuple[Array, Array], right: tuple[Array, Array]) -> Array:
-    """[left, right]: whether degrees of every kind may be equal, given the least and the most."""
-    result = np.ones((len(left[0]), len(right[0])), bool)
-    for kind in range(left[0].shape[1]):
-        result &= np.less_equal.outer(left[0][:, kind], right[1][:, kind])
-        result &= np.greater_equal.outer(left[1][:, kind], right[0][:, kind])
+@njit(cache=True)
+def _sum_entries(table, seconds, dims, entries, slices):
+    """Adds the seconds of partial sums to a table, [source, target].
+
+    `seconds`: by source of the sum, of the sum where the dims stay, and saved by a reduce-scatter.
+    `dims`, `entries`: numbers of sources and targets, equal for equal dims, or for equal entries.
+    `slices`: kinds of sources and targets, and [kind, kind] whether a target may be a slice.
+    """
+    whole, shared, saved = seconds
+    source_dims, target_dims = dims
+    source_entries, target_entries = entries
+    source_kind, target_kind, is_slice = slices
+    for s in range(len(table)):
+        row = table[s]
+        for t in range(len(row)):
+            entry = row[t] + whole[s]
+            if source_dims[s] == target_dims[t]:
+                entry = shared[s]
+            if is_slice[source_kind[s], target_kind[t]]:
+                entry -= saved[s]
+            if source_entries[s] == target_entries[t] or entry < 0:
+                entry = np.float32(0.0)
+            row[t] = entry
+
+
+def _overlap(left: Array, right: Array) -> Array:
+    """[left, right]: whether degrees of every kind may be equal, given the least and the most of
+    all kinds in a row."""
+    result = np.ones((len(left), len(right)), bool)
+    kinds = left.shape[1] // 2
+    for kind in range(kinds):
+        result &= np.less_equal.outer(left[:, kind], right[:, kinds + kind])
+        result &= np.greater_equal.outer(left[:, kinds + kind], right[:, kind])
     return result
 
 
-def _equal(left: Array, right: Array) -> Array:
-    """[left, right]: whether rows are equal."""
+def _numbers(left: Array, right: Array) -> tuple[Array, Array]:
+    """Numbers of rows, equal for equal rows of both arrays."""
     _, number = distinct_rows(np.concatenate([left, right]))
-    return np.equal.outer(number[: len(left)], number[len(left) :])
+    return number[: len(left)], number[len(left) :]
 
 
 def _sum_seconds(
