@@ -20,8 +20,10 @@ from partita.search import find as find_module
 from partita.search import pipelines as pipeline_search
 from partita.search import portfolio
 from partita.search.base import Progress
+from partita.search.baselines import peak_bytes
 from partita.search.bound import lower_bound_seconds
 from partita.search.find import capacity, find, mesh_of
+from partita.search.network import CostNetwork
 from partita.search.optional import BestStep
 from partita.search.pipelines import pipelines
 from partita.search.portfolio import Limits
@@ -92,6 +94,28 @@ def test_what_fits_under_no_plan_without_stages_is_found_with_them() -> None:
     assert found.plan.predicted["bound_seconds"] <= found.prediction.seconds
     assert "programs of their own" in " ".join(found.plan.notes)
     assert found.gap == found.staged_gap
+
+
+def test_large_plans_of_one_program_are_left_to_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = GRAPHS["transformer"]
+    where = small(graph, 0.5)
+    peaks = []
+
+    def counted(network: CostNetwork, plan: Plan) -> int:
+        peaks.append(plan)
+        return peak_bytes(network, plan)
+
+    monkeypatch.setattr(find_module, "peak_bytes", counted)
+    usual = find(graph, where, stages=True)
+    assert peaks
+    peaks.clear()
+    monkeypatch.setattr(find_module, "LARGE", 0)
+    found = find(graph, where, stages=True)
+    assert not peaks
+    assert found.prediction.seconds == usual.prediction.seconds
+    assert found.staged_bound_seconds == usual.staged_bound_seconds
+    with pytest.raises(MemoryBudgetError, match="the smallest needs"):
+        find(graph, small(graph, 0.01), stages=True)
 
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
