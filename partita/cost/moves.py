@@ -229,17 +229,30 @@ def _sum_table(
     moved = move_table(replace(move, sums=0, share=1), placement, source_dims, target_dims)
     summed = np.array([_sum_seconds(move, placement, dims, axes) for dims, axes in source_parts])
     sums = np.tile(summed[:, None], len(targets))
-    for row, (dims, axes) in enumerate(source_parts):
-        if not axes:
-            continue
-        scattered = _sum_seconds(move, placement, dims, axes, "reduce_scatter")
-        for column, target in enumerate(target_dims):
-            if target == dims:
-                sums[row, column] /= move.share
-            elif move.scatters and _is_slice(dims, target, axes):
-                sums[row, column] = scattered
-    stays = np.array([[source == target for target in targets] for source in sources])
-    return np.where(stays, 0.0, moved + sums)
+    dims_stay = _are_equal(source_dims, target_dims)
+    sums = np.where(dims_stay, sums / move.share, sums)
+    if move.scatters:
+        target_axes = np.array([_axes_bits(dims) for dims in target_dims])
+        for row, (dims, axes) in enumerate(source_parts):
+            if not axes:
+                continue
+            alike = np.flatnonzero(target_axes == _axes_bits((*dims, axes)))
+            columns = [n for n in alike.tolist() if _is_slice(dims, target_dims[n], axes)]
+            sums[row, columns] = _sum_seconds(move, placement, dims, axes, "reduce_scatter")
+    return np.where(_are_equal(sources, targets), 0.0, moved + sums)
+
+
+def _are_equal(sources: Sequence[Sharding], targets: Sequence[Sharding]) -> np.ndarray:
+    """[source, target]: whether two shardings are equal."""
+    number: dict[Sharding, int] = {}
+    before = [number.setdefault(sharding, len(number)) for sharding in sources]
+    after = [number.setdefault(sharding, len(number)) for sharding in targets]
+    return np.equal.outer(before, after)
+
+
+def _axes_bits(sharding: Sharding) -> int:
+    """The axes of a sharding as bits of a number."""
+    return sum(1 << axis for axes in sharding for axis in axes)
 
 
 @lru_cache(maxsize=64)
