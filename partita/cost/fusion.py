@@ -25,6 +25,7 @@ from partita.graph.operator_graph import (
     IdentityKey,
     Instruction,
     OperatorGraph,
+    per_graph,
     producers,
 )
 from partita.plans.layout import Layout
@@ -124,7 +125,18 @@ def fusion(
     `split_rows` are reductions whose rows are spread over devices.
     """
     split = {i for i in split_rows if _sums_rows(graph.instructions[i])}
-    return _fusion(IdentityKey(graph), rules, frozenset(split if rules.row_kernels else ()))
+    if split and rules.row_kernels:
+        return _fusion(IdentityKey(graph), rules, frozenset(split))
+    whole = _with_whole_rows(graph)
+    if rules not in whole:
+        whole[rules] = _Fuser(graph, rules, frozenset()).run()
+    return whole[rules]
+
+
+@per_graph
+def _with_whole_rows(graph: OperatorGraph) -> dict[FusionRules, Fusion]:
+    """Cache: rules -> the kernels where no row is spread over devices."""
+    return {}
 
 
 @lru_cache(maxsize=8)
