@@ -8,12 +8,13 @@ layer) cannot be split by columns: a device's share of all columns is no share o
     x^T concatenate(g, h)          becomes   concatenate(x^T g, x^T h)
 
 and devices exchange parts of weights instead of activations. A weight is sliced before it is
-converted, so that one kernel does both, and its gradients are joined in the update.
+converted, so that one kernel does both, and its gradients are joined in the update. Gradients of
+several products with a weight are added before they are joined.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,8 +66,15 @@ class _Splitter:
         for operation in self._operations(CONCATENATE):
             if self._is_fused_gradient(operation):
                 self._distribute(operation)
-        for weight in dict.fromkeys(weight for weight, _, _ in self.slices):
-            _erase_unread(weight)
+        for operation in self._operations(ADD):
+            _add_before_joining(operation)
+        weights = self._weights()
+        for weight in weights:
+            _erase_unread(weight, weights)
+
+    def _weights(self) -> dict[Any, None]:
+        """The weights that are sliced, in order."""
+        return dict.fromkeys(weight for weight, _, _ in self.slices)
 
     def _operations(self, name: str) -> list[Any]:
         return [op.operation for op in self.block if op.operation.name == name]
@@ -86,7 +94,7 @@ class _Splitter:
             part = self._part(value, cut.dim, _slice_range(operation, cut.dim), operation)
             operation.results[0].replace_all_uses_with(part)
             operation.erase()
-        _erase_unread(value)
+        _erase_unread(value, self._weights())
 
     def _part(self, value: Any, dim: int, part: Range, reader: Any) -> Any:
         """A range of a value along a dim, computed in front of a reader."""
@@ -356,6 +364,50 @@ def _move_to_update(gradient: Any) -> None:
             _move_to_update(use.owner.results[0])
 
 
+def _add_before_joining(addition: Any) -> None:
+    """Replaces the sum of two joined gradients of a weight by one that joins the sums of the parts.
+
+    A weight of several products (an unrolled recurrent layer) has such sums. Devices sum each part
+    once, because no concatenation is between its products and the sum.
+    """
+    left, right = map(_joined_gradient, addition.operands)
+    if left is None or right is None or phase_of(location_name(addition)) != "backward":
+        return
+    dim = _dimension(left)
+    if dim != _dimension(right) or _ranges(left) != _ranges(right):
+        return
+    result = addition.results[0]
+    sums = []
+    for pair in zip(left.operands, right.operands, strict=True):
+        parts = []
+        for part, operand in zip(pair, addition.operands, strict=True):
+            conversion = producer_of(operand)
+            if conversion.name == CONVERT:
+                kind = _with_size(operand.type, dim, part.type.shape[dim])
+                part = _clone(conversion, [part], kind, addition)
+            parts.append(part)
+        sums.append(_clone(addition, parts, parts[0].type, addition))
+    total = _concatenate(sums, dim, result.type, addition)
+    producer_of(total).location = left.location
+    result.replace_all_uses_with(total)
+    _erase_unread(result)
+
+
+def _joined_gradient(value: Any) -> Any:
+    """The concatenation that only this value is, or is converted from; None for another value."""
+    operation = producer_of(value)
+    if operation is not None and operation.name == CONVERT and _is_read_once(value):
+        value = operation.operands[0]
+        operation = producer_of(value)
+    if operation is None or operation.name != CONCATENATE or not _is_read_once(value):
+        return None
+    return operation if phase_of(location_name(operation)) == "update" else None
+
+
+def _is_read_once(value: Any) -> bool:
+    return sum(1 for _ in value.uses) == 1
+
+
 def _kept_dim(reader: Any, side: int, dim: int) -> int:
     """The dim of a reader's result that a dim of its operand becomes."""
     if reader.name == CONVERT:
@@ -481,12 +533,14 @@ def _concatenate(parts: Sequence[Any], dim: int, kind: Any, reader: Any) -> Any:
     return operation.results[0]
 
 
-def _erase_unread(value: Any) -> None:
-    """Erases the operation of a value that nothing reads, and those of its operands."""
+def _erase_unread(value: Any, kept: Collection[Any] = ()) -> None:
+    """Erases the operation of a value that nothing reads, and those of its operands except for
+    `kept` ones."""
     operation = producer_of(value)
     if operation is None or any(True for result in operation.results for _ in result.uses):
         return
     operands = list(operation.operands)
     operation.erase()
-    for operand in operands:
-        _erase_unread(operand)
+    for operand in dict.fromkeys(operands):
+        if operand not in kept:
+            _erase_unread(operand, kept)

@@ -4,9 +4,11 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import pytest
 
+import partita
 from partita.capture import jax_functions
 from partita.capture.prepare import prepare
 from partita.capture.program import capture_program
@@ -70,6 +72,19 @@ OTHERS |= {"down": (INNER, WIDTH)}
 FUSED = {"qkv": (WIDTH, 3 * WIDTH), "bias": (3 * WIDTH,), "gate_up": (WIDTH, 2 * INNER), **OTHERS}
 
 
+RECURRENT = {"input": (WIDTH, 2 * WIDTH), "state": (WIDTH, 2 * WIDTH), "bias": (2 * WIDTH,)}
+
+
+def recurrent_block(p, x):
+    """An unrolled recurrence with two gates: each weight is in a product of every step."""
+    states = [jnp.zeros_like(x[:, 0])]
+    for position in range(POSITIONS):
+        gates = x[:, position] @ p["input"] + p["bias"] + states[-1] @ p["state"]
+        forget, new = jnp.split(gates, 2, -1)
+        states.append(jax.nn.sigmoid(forget) * states[-1] + jnp.tanh(new))
+    return jnp.stack(states[1:], 1)
+
+
 @pytest.fixture(scope="module")
 def graph():
     return capture_program(step_of(fused_block), args=arguments(FUSED), target="cuda").graph
@@ -104,8 +119,45 @@ def test_tensor_parallelism_exchanges_rows_of_weights_only(graph):
     assert sent["all_gather"] == 4 * 3 * WIDTH
 
 
+def test_gradients_of_several_products_are_added_before_they_are_joined():
+    graph = capture_program(
+        step_of(recurrent_block), args=arguments(RECURRENT), target="cuda"
+    ).graph
+    joined = [x for x in graph.instructions if x.name == "concatenate" and x.phase == "update"]
+    assert len(joined) == len(RECURRENT)
+
+
+def test_devices_sum_the_gradients_of_an_unrolled_lstm_at_most_twice():
+    """Once, and once for the first step, whose product stays whole: its state has no gradient."""
+    with partita.abstract():
+        inputs = keras.Input((POSITIONS, WIDTH))
+        model = keras.Model(inputs, keras.layers.LSTM(WIDTH, unroll=True)(inputs))
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 8, target="cuda").graph
+    plan = BASELINES["data parallel"](graph, MACHINE.name, mesh_of(MACHINE))
+    summed = 0
+    for collective in collectives(graph, plan.mesh, layout_of(graph, plan), MACHINE.backend):
+        summed += collective.total if collective.kind == "all_reduce" else 0
+    scalar = 4
+    assert summed <= 2 * 4 * graph.parameter_count + scalar
+
+
+def test_a_converted_weight_that_only_a_fused_product_reads_is_erased_once():
+    def gated(p, x):
+        hidden = x.astype("bfloat16") @ p["w"].astype("bfloat16")
+        gate, up = jnp.split(hidden, 2, -1)
+        return jax.nn.silu(gate) * up
+
+    assert len(slices_in(gated, {"w": (WIDTH, 2 * WIDTH)})) == 1
+
+
+@pytest.mark.parametrize(
+    ("block", "shapes"),
+    [(fused_block, FUSED), (recurrent_block, RECURRENT)],
+    ids=["fused", "recurrent"],
+)
 @pytest.mark.parametrize("name", ["ZeRO-3", "tensor parallel"])
-def test_losses_and_updates_are_those_of_one_device(monkeypatch, name):
+def test_losses_and_updates_are_those_of_one_device(monkeypatch, name, block, shapes):
     def prepared(source, platform):
         return prepare(source, "cuda")
 
@@ -114,8 +166,8 @@ def test_losses_and_updates_are_those_of_one_device(monkeypatch, name):
 
     monkeypatch.setattr(jax_functions, "prepare", prepared)
     monkeypatch.setattr(jax_functions, "group", grouped)
-    step = step_of(fused_block)
-    state, x, y = arguments(FUSED)
+    step = step_of(block)
+    state, x, y = arguments(shapes)
     captured = capture_program(step, args=(state, x, y), target="cpu")
     assert any(operator.kind == WEIGHT_SLICES for operator in captured.graph.operators)
     planned = planned_step(captured, BASELINES[name](captured.graph, "host", mesh_for((4,))))
