@@ -76,6 +76,12 @@ def test_what_is_missing_is_said() -> None:
         capture_program(frozen, 8)
 
 
+@pytest.mark.parametrize("size", [("x", "y"), 0, -1, 2.5, "16", True])
+def test_a_batch_size_is_a_whole_number(size):
+    with pytest.raises(CaptureError, match=r"batch_size is .*from 1 on\. Give .* batch=\(x, y\)"):
+        partita.plan(made(), size)
+
+
 def test_what_a_compiler_refused_is_planned_smaller_and_a_given_plan_is_answered_with_the_nearest() -> (
     None
 ):

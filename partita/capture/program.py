@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from partita.errors import CaptureError
@@ -41,12 +42,25 @@ def capture_program(
         from partita.capture.keras_models import batch_like, capture_model
 
         if batch is None:
-            batch = batch_like(program, batch_size or DEFAULT_BATCH_SIZE)
+            batch = batch_like(program, _checked_size(batch_size))
         return capture_model(program, batch, _target(target))
     from partita.capture.functions import call_of, capture_call
 
     step, step_args = checked_call(program, args)
     return capture_call(step, call_of(step, step_args, {}), _target(target)).captured
+
+
+def _checked_size(batch_size: Any) -> int:
+    """A batch size, the default one for None; CaptureError if it is something else."""
+    if batch_size is None:
+        return DEFAULT_BATCH_SIZE
+    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
+        given = batch_size if isinstance(batch_size, Real) else f"a {type(batch_size).__name__}"
+        raise CaptureError(
+            f"batch_size is {given}, and must be a whole number from 1 on. Give arrays or shapes "
+            "as batch=(x, y)."
+        )
+    return int(batch_size)
 
 
 def _target(text: str | None) -> CaptureTarget | None:

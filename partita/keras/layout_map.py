@@ -51,7 +51,9 @@ def layout_map(plan: Plan, model: Any, batch_size: int | None = None) -> Any:
 
 def _parameter_dims(plan: Plan, model: Any, batch_size: int | None) -> dict[str, list[Axes]]:
     """Per parameter path, the axes that split each of its dims."""
-    graph = capture_program(model, batch_size or plan.batch_size, target=plan.target or None).graph
+    graph = capture_program(
+        model, batch_size or plan.batch_size or None, target=plan.target or None
+    ).graph
     resting = layout_of(graph, check(plan, graph)).shardings
     return {
         argument.path: [tuple(axes) for axes in resting[argument.tensor]]
