@@ -201,16 +201,14 @@ def exchanges(
     instruction: Instruction,
     labels: Sequence[Label],
     result: Label,
-    compiler: Compiler,
 ) -> list[Exchange]:
     """The exchanges of an instruction between neighbours; labels as for `reaches`.
 
-    Where the compiler fills a dilated operand, it first exchanges the operands of the weight
-    gradient, which reverses both (AlgebraicSimplifier's SwapConvOperands). The window then moves
-    over the second.
+    XLA first exchanges the operands of a weight gradient over a dilated operand, which reverses
+    both (AlgebraicSimplifier's SwapConvOperands). The window then moves over the second.
     """
     rule = instruction.rule
-    if rule is None or not (compiler.buffers.filled_gradients and dilates_operand(instruction)):
+    if rule is None or not dilates_operand(instruction):
         windows = reaches(instruction, labels, result)
         return [Exchange(0, r.factor, r.dim, r.window, r.label) for r in windows]
     found = []
@@ -298,7 +296,8 @@ class _Computed:
 
     def collectives(self) -> Iterator[Collective]:
         """The sums that the compiler emits, and the halos, in program order of their causes."""
-        halos = {c.instruction: list(self._halos(c)) for c in self._communicating()}
+        exchanged: set[tuple[int, Exchange]] = set()
+        halos = {c.instruction: list(self._halos(c, exchanged)) for c in self._communicating()}
         emitted: dict[int, list[Sum]] = defaultdict(list)
         for total in self.sums():
             emitted[total.instruction].append(total)
@@ -380,20 +379,30 @@ class _Computed:
             total.tensor,
         )
 
-    def _halos(self, communication: Communicating) -> Iterator[Collective]:
+    def _halos(
+        self, communication: Communicating, exchanged: set[tuple[int, Exchange]]
+    ) -> Iterator[Collective]:
+        """The exchanges of an instruction that are not among those `exchanged`, and adds them."""
         assignment = self.layout.assignments[communication.operator]
         number = communication.instruction
         instruction = self.graph.instructions[number]
         labels = operand_labels(self.graph, number)
         result = self.graph.labels[instruction.results[0]]
-        for exchange in exchanges(instruction, labels, result, self.compiler):
+        for exchange in exchanges(instruction, labels, result):
             axes = assignment.get(exchange.factor, ())
             if not axes:
                 continue
-            tensor = self.graph.tensors[instruction.operands[exchange.operand]]
+            operand = instruction.operands[exchange.operand]
+            key = operand, replace(exchange, operand=0)
+            if self.compiler.merges_exchanges and key in exchanged:
+                continue
+            exchanged.add(key)
+            tensor = self.graph.tensors[operand]
             shards = math.prod(self.mesh.sizes[axis] for axis in axes)
             sharding = label_sharding(exchange.label, assignment)
-            shard_bytes = local_bytes(tensor.shape, _itemsize(tensor), sharding, self.mesh.sizes)
+            reader = (number, exchange.operand)
+            itemsize = self.compiler.moved_itemsize(self.graph, operand, [reader])
+            shard_bytes = local_bytes(tensor.shape, itemsize, sharding, self.mesh.sizes)
             shard_rows = -(-tensor.shape[exchange.dim] // shards)
             row_bytes = shard_bytes // shard_rows
             for rows in exchange.window.halo_elements(shards):

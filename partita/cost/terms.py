@@ -20,7 +20,7 @@ from functools import cached_property
 from hashlib import sha256
 
 from partita.cost.backends import compiler_of
-from partita.cost.collectives import DEFAULT, exchanges
+from partita.cost.collectives import DEFAULT, Exchange, exchanges
 from partita.cost.fusion import EXPENSIVE, FREE, fusion, kernel_reads
 from partita.cost.joined import NONE_JOINED, joined_kernels
 from partita.cost.operator_terms import Halo, Move, OperatorTerms, Reduction, StoredVariable, Work
@@ -153,6 +153,8 @@ class _Collector:
         self.parameter_of = _gradient_parameters(graph, self.families)
         """Gradient -> its parameter."""
         self.moved_sums = moved_sums(graph) if self.compiler.joins_collectives else {}
+        self.exchanged: set[tuple[int, Exchange]] = set()
+        """Exchanges that have a term, with their tensors."""
 
     def _is_constant(self, instruction: Instruction) -> bool:
         """Whether an instruction depends on no argument."""
@@ -364,7 +366,7 @@ class _Collector:
             reduced = reduced_factors(instruction, labels)
             if reduced and partial_sums.isdisjoint(instruction.results):
                 self._add_reductions(operator, instruction, reduced)
-            self._add_halos(operator, instruction, labels)
+            self._add_halos(operator, i, labels)
 
     def _add_reductions(
         self,
@@ -408,15 +410,22 @@ class _Collector:
     def _add_halos(
         self,
         operator: int,
-        instruction: Instruction,
+        number: int,
         labels: Sequence[Label],
     ) -> None:
+        instruction = self.graph.instructions[number]
         result_label = self.graph.labels[instruction.results[0]]
-        for exchange in exchanges(instruction, labels, result_label, self.compiler):
-            tensor = self.graph.tensors[instruction.operands[exchange.operand]]
-            rows = tensor.shape[exchange.dim]
+        for exchange in exchanges(instruction, labels, result_label):
+            operand = instruction.operands[exchange.operand]
+            key = operand, replace(exchange, operand=0)
+            if self.compiler.merges_exchanges and key in self.exchanged:
+                continue
+            self.exchanged.add(key)
+            reader = (number, exchange.operand)
+            nbytes = self.compiler.moved_bytes(self.graph, operand, [reader])
+            rows = self.graph.tensors[operand].shape[exchange.dim]
             halo = Halo(
-                tensor.nbytes // rows,
+                nbytes // rows,
                 rows,
                 tuple(factor for factor in _split(exchange.label) if factor != exchange.factor),
                 exchange.factor,

@@ -430,3 +430,29 @@ def test_products_of_a_gpu_add_gradients_to_the_sum_of_all_microbatches():
     assert passes("float32", "h100:2") == [3, 3, 1]
     assert passes("float32", "host:2") == [3, 3, 3]
     assert passes("bfloat16", "h100:2") == [2.5, 2.5, 2.5]
+
+
+def test_a_convolution_and_its_weight_gradient_share_an_exchange_on_a_tpu():
+    """XLA:TPU emits one exchange of two rows in bfloat16, and one of the gradient's for the image
+    before; XLA:GPU emits that of the image twice, in float32."""
+
+    def step(kernels, image):
+        def loss(kernels):
+            x = image
+            for kernel in kernels:
+                x = jax.lax.conv_general_dilated(
+                    x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                )
+            return (x**2).sum()
+
+        return jax.tree.map(jax.numpy.subtract, kernels, jax.grad(loss)(kernels))
+
+    kernel = jax.ShapeDtypeStruct((3, 3, 2, 2), jnp.float32)
+    image = jax.ShapeDtypeStruct((8, 8, 8, 2), jnp.float32)
+    graph = capture_program(step, args=([kernel, kernel], image)).graph
+    row_elements = 8 * 8 * 2
+    for machine, exchanges, itemsize in ((load("tpu-v5e:2"), 3, 2), (load("h100:2"), 5, 4)):
+        plan = BASELINES["spatial"](graph, machine.name, mesh_of(machine))
+        found = collectives(graph, plan.mesh, layout_of(graph, plan), machine.backend)
+        halos = [c.nbytes for c in found if c.cause == "halo"]
+        assert halos == [row_elements * itemsize] * 2 * exchanges

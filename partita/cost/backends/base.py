@@ -115,6 +115,12 @@ class Compiler(ABC):
     def buffers(self) -> Buffers:
         """What it stores beside values."""
 
+    @property
+    def merges_exchanges(self) -> bool:
+        """Whether several windows over a tensor that read the same elements of neighbours share
+        one exchange."""
+        return False
+
     @abstractmethod
     def folds(self, instruction: Instruction) -> bool:
         """Whether sums of an instruction's result over several factors are one (`sums.fold`)."""

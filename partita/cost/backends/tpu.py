@@ -84,6 +84,11 @@ class XlaTpu(XlaAccelerator):
         """A product also computes the metric that reads its result."""
         return replace(super().buffers, early_reductions=True, stored_program=True)
 
+    @property
+    def merges_exchanges(self) -> bool:
+        """A convolution and its weight gradient exchange the rows of the image once."""
+        return True
+
     def folds(self, instruction: Instruction) -> bool:
         """Not those of a weight gradient whose window moves over the rows that it sums: the sum
         over rows lists devices, that over samples names axes of the mesh."""
