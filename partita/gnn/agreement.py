@@ -38,9 +38,13 @@ def check_agreement(model: Any, graph: Graph, split: Split, architecture: Archit
     if split.devices > 1 and any(map(penalizes, layers)):
         # It divides by the rows of each device, padding included: a small error, but never none.
         raise GraphError(_refusal(model, split.devices, architecture))
-    sample = _sample(graph, split.devices)
     alone = replace(architecture, by_vertex=False)
+    sample = _sample(graph, split.devices)
     expected = _step_values(model, sample, Split(), alone)
+    if not all(np.isfinite(array).all() for array in expected):
+        # logarithms and distances may need numbers like those of the graph
+        sample = _sample_like(graph, sample)
+        expected = _step_values(model, sample, Split(), alone)
     given = _step_values(model, sample, Split(split.devices, columns=1), architecture)
     tolerance = TOLERANCES.get(model.compute_dtype, ROUNDING)
     largest = max(float(np.abs(array).max(initial=0)) for array in expected)
@@ -79,6 +83,40 @@ def _sample(graph: Graph, devices: int) -> Graph:
     if sample.has_targets and sample.labels is not None:
         return replace(sample, labels=sample.labels.reshape(vertices, graph.classes))
     return sample
+
+
+def _sample_like(graph: Graph, sample: Graph) -> Graph:
+    """A sample with numbers near those of `graph`, and as it, with or without self edges and
+    vertices without in-edges."""
+    random = np.random.default_rng(1)
+    count = sample.vertices
+
+    def near(table: Any) -> Any:
+        if table is None:
+            return None
+        if not len(table):
+            return np.ones((count, *table.shape[1:]))
+        chosen = np.asarray(table[np.sort(random.integers(0, len(table), count))])
+        return chosen * random.uniform(0.9, 1.1, chosen.shape)
+
+    targets = random.permutation(count)
+    if (graph.in_degrees() == 0).any():
+        targets = random.integers(0, count, count)
+    sources = (targets + random.integers(1, count, count)) % count
+    corrections = replace(graph, weights=None).self_edge_corrections(0, graph.vertices)
+    if (corrections != 1).any():
+        sources[::7] = targets[::7]
+    like = Graph.from_edges(
+        sources,
+        targets,
+        count,
+        features=near(graph.features),
+        train=sample.train,
+        weights=near(graph.weights),
+        edge_features=near(graph.edge_features),
+        members=sample.members,
+    )
+    return replace(like, labels=sample.labels)
 
 
 def _edge_features(graph: Graph, edges: int, random: np.random.Generator) -> Any:

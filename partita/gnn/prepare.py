@@ -126,7 +126,9 @@ class Split:
                 raise GraphError(
                     f"{field_name}={value!r} is unknown: give a name, or a list of integers."
                 )
-            object.__setattr__(self, field_name, Numbers.of(as_ids(field_name, value)))
+            # signed, so that differences of falling points are negative
+            ids = as_ids(field_name, value).astype(np.int64)
+            object.__setattr__(self, field_name, Numbers.of(ids))
 
     @property
     def learns(self) -> bool:

@@ -251,11 +251,12 @@ def differentiated(
     the last ones. `scale` multiplies the gradients.
     """
     trainable, others, _ = state
+    x = data.block.filled(data.x)
 
     def loss(trainable: Any) -> Any:
         with recorded_calls(aggregations):
             predicted, others_after, penalties = model.stateless_call(
-                trainable, others, data.x, graph=data.block, training=True, return_losses=True
+                trainable, others, x, graph=data.block, training=True, return_losses=True
             )
         total = loss_sum(model, predicted, data, "train", data.importance)
         value = total / loss_divisor(model, predicted, data, "train", data.importance)

@@ -93,8 +93,9 @@ class FullGraphTraining:
             )
         _check_steps(type(self))
         _check_of_one_output("loss", loss, (list, tuple, dict))
-        _check_of_one_output("metrics", metrics, dict)
-        _check_of_one_output("weighted_metrics", weighted_metrics, dict)
+        no_list = (dict, str, keras.metrics.Metric)
+        _check_of_one_output("metrics", metrics, no_list)
+        _check_of_one_output("weighted_metrics", weighted_metrics, no_list)
         _check_reduction(loss)
         masked = [*(metrics or []), *(weighted_metrics or [])]
         keras_model: Any = super()

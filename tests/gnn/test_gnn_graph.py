@@ -213,9 +213,10 @@ def test_whole_numbers_below_minus_one_are_targets(labels: Any, expected: Any) -
     assert graph.labels.tolist() == expected
 
 
+@pytest.mark.parametrize("weights", [[1.0, 2, 3, 4], None])
 @pytest.mark.parametrize("torch_sparse", [True, False])
-def test_from_pyg_reads_data_with_adj_t(torch_sparse: bool) -> None:
-    heavy = Tensor([1.0, 2, 3, 4])
+def test_from_pyg_reads_data_with_adj_t(torch_sparse: bool, weights: Any) -> None:
+    heavy = Tensor(weights or [1.0, 1, 1, 1])
     entries = SimpleNamespace(
         coalesce=lambda: SimpleNamespace(
             indices=lambda: (Tensor(TARGET), Tensor(SOURCE)), values=lambda: heavy
@@ -231,7 +232,7 @@ def test_from_pyg_reads_data_with_adj_t(torch_sparse: bool) -> None:
     )
     assert equal(
         Graph.from_pyg(data),
-        Graph.from_edges(SOURCE, TARGET, features=X, labels=Y, train=TRAIN, weights=[1, 2, 3, 4]),
+        Graph.from_edges(SOURCE, TARGET, features=X, labels=Y, train=TRAIN, weights=weights),
     )
 
 

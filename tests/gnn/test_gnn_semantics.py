@@ -526,6 +526,82 @@ def test_messages_train_alike_on_devices_and_within_memory(aggregate: str) -> No
             np.testing.assert_allclose(value, expected, rtol=1e-3, atol=1e-5)
 
 
+class Directions(gnn.MessagePassing):
+    """Differences of unit length over the length of the edge: singular for rows of zeros."""
+
+    def message(self, x_source: Any, x_target: Any, edge: Any) -> Any:
+        difference = x_source - x_target
+        return difference / jnp.linalg.norm(difference, axis=1, keepdims=True) / edge
+
+    def update(self, x: Any, aggregated: Any) -> Any:
+        return x + aggregated
+
+
+class UnitNetwork(gnn.GraphModel):
+    """Rows of unit length before every layer."""
+
+    def __init__(self, aggregate: str) -> None:
+        super().__init__(classes=4, layers=0)
+        self.first = gnn.GCNConv(4)
+        self.second = Directions(aggregate)
+        self.leave = gnn.GCNConv(4, activation="softmax")
+
+    def build(self, input_shape: Any) -> None:
+        self.first.build(input_shape)
+        self.second.build((None, 4))
+        self.leave.build((None, 4))
+        self.built = True
+
+    def call(self, x: Any, graph: Any, training: bool = False) -> Any:
+        x = jnp.log(x)
+        for layer in (self.first, self.second, self.leave):
+            x = layer(x / jnp.linalg.norm(x, axis=1, keepdims=True), graph=graph)
+        return x
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "softmax"])
+def test_functions_without_a_value_at_zero_are_finite_in_padding(aggregate: str) -> None:
+    random = np.random.default_rng(0)
+    source, target = random.integers(0, VERTICES, (2, 60))
+    graph = gnn.Graph.from_edges(
+        *np.stack([source, target])[:, source != target],
+        VERTICES,
+        features=0.1 + random.random((VERTICES, 5)),
+        labels=random.integers(0, 4, VERTICES),
+        train=range(VERTICES),
+        weights=0.5 + random.random(int((source != target).sum())),
+    )
+    results = []
+    for how in ({}, {"devices": 4, "partition": [0, 0, 2, 20, VERTICES]}):
+        keras.utils.set_random_seed(0)
+        model = UnitNetwork(aggregate)
+        model.compile("sgd")
+        losses = model.fit(graph, epochs=3, verbose=0, **how).history["loss"]
+        results.append(np.append(losses, model.get_weights()[0]))
+    assert np.isfinite(results[0]).all()
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_mean_in_float16_counts_many_vertices() -> None:
+    block = block_of(gnn.Graph.from_edges([0], [1], 70_000))
+    rows = jnp.full((70_000, 1), 2.0, jnp.float16)
+    mean = block.vertex_mean(rows)
+    assert mean.dtype == jnp.float16
+    assert float(mean[0]) == 2.0
+
+
+def test_dropout_of_rows_with_several_dims_is_that_of_their_columns() -> None:
+    block = jax.tree.map(jnp.asarray, block_of(random_graph()))
+    rows = jnp.ones((VERTICES, 6))
+    results = []
+    for shape in ((VERTICES, 6), (VERTICES, 3, 2)):
+        keras.utils.set_random_seed(0)
+        dropped = gnn.VertexDropout(0.5)(rows.reshape(shape), graph=block, training=True)
+        results.append(np.asarray(dropped).reshape(VERTICES, 6))
+    assert 0 < results[0].mean() < 2
+    np.testing.assert_array_equal(results[1], results[0])
+
+
 class Maxima(gnn.MessagePassing):
     """The largest rows of in-neighbours."""
 
@@ -797,6 +873,11 @@ def test_a_correlation_is_a_number_on_several_devices() -> None:
         (lambda m, g: m(g.features[:5], graph=g), "5 rows were given for the 23 vertices"),
         (lambda m, g: m(g.features, graph=[1]), "graph is a list: give a gnn.Graph"),
         (lambda m, g: m.compile("sgd", run_eagerly=True), "run_eagerly would be ignored"),
+        (lambda m, g: m.compile("sgd", metrics="accuracy"), "metrics is a str, .* give a list"),
+        (
+            lambda m, g: m.fit(g, devices=2, partition=np.array([0, 30, 23], np.uint8)),
+            r"split points \[0, 30, 23\] do not cut 23 vertices",
+        ),
         (lambda m, g: gnn.GCN(hidden=0), "hidden=0 is out of range"),
         (lambda m, g: gnn.GCN(hidden="8"), "hidden='8' is out of range"),
         (lambda m, g: gnn.GCN(classes=0), "classes=0 is out of range"),

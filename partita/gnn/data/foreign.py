@@ -36,13 +36,17 @@ def scipy_edges(matrix: Any) -> dict[str, Any]:
             "and a column per vertex."
         )
     entries = matrix.tocoo()
-    plain = (entries.data == 1).all()
     return {
         "source": entries.row,
         "target": entries.col,
         "vertices": rows,
-        "weights": None if plain else entries.data,
+        "weights": _unless_plain(entries.data),
     }
+
+
+def _unless_plain(values: np.ndarray) -> np.ndarray | None:
+    """Values of a sparse matrix, which are weights unless every value is 1."""
+    return None if (values == 1).all() else values
 
 
 def networkx_edges(graph: Any, weights: str | None, tables: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,10 +132,11 @@ def _pyg_ends(data: Any) -> tuple[Any, Any, Any]:
     if hasattr(matrix, "coo"):
         # a SparseTensor of torch_sparse
         target, source, weights = matrix.coo()
-        return source, target, weights
-    entries = matrix.to_sparse_coo().coalesce()
-    target, source = entries.indices()
-    return source, target, entries.values()
+    else:
+        entries = matrix.to_sparse_coo().coalesce()
+        target, source = entries.indices()
+        weights = entries.values()
+    return source, target, None if weights is None else _unless_plain(as_array(weights))
 
 
 def _pyg_weights(data: Any) -> Any:

@@ -10,6 +10,7 @@ are exact for directed graphs, repeated edges and self edges.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,6 +32,7 @@ from partita.gnn.nn.sums import (
     edge_sum,
     edges_by_position,
     edges_of,
+    like_first,
     scaled_sum,
     spread,
     taken,
@@ -102,7 +104,7 @@ class Aggregation:
 
 @dataclass(frozen=True)
 class EdgeEnds:
-    """In-edges of a device with the rows at their ends, padded at the end.
+    """In-edges of a device with the rows at their ends; padding at the end repeats the first.
 
     source      [edges, F]: rows that edges begin at
     target      [edges, F]: rows that edges end at
@@ -189,6 +191,20 @@ class Block:
         """Number of rows, with padding."""
         return self.degree.shape[0]
 
+    def filled(self, x: Any) -> Any:
+        """x [rows, ...] with the first vertex's row in the place of padding, without a gradient.
+
+        So functions of rows are as finite in padding as they are for vertices. A device without
+        vertices has positive numbers there.
+        """
+        if self.parts == 1:
+            return x
+        shape = (1, *x.shape[1:])
+        any_row = 1 + jnp.cos(jnp.arange(math.prod(shape))).reshape(shape)
+        row = jnp.where(self.count[0] > 0, x[:1], any_row.astype(x.dtype))
+        is_vertex = (jnp.arange(self.rows) < self.count[0]).reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(is_vertex, x, jax.lax.stop_gradient(row))
+
     # ------------------------------------------------------------------------- all vertices
 
     def vertex_sum(self, x: Any) -> Any:
@@ -248,8 +264,10 @@ class Block:
         return self.sum_over_devices(of_parts).max(axis=0)
 
     def vertex_mean(self, x: Any) -> Any:
-        """[...]: the mean of x [rows, ...] over all vertices."""
-        return self.vertex_sum(x) / self.vertex_sum(jnp.ones(self.rows, x.dtype))
+        """[...]: the mean of x [rows, ...] over all vertices, computed in float32 or wider."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean = self.vertex_sum(wide) / self.vertex_sum(jnp.ones(self.rows, wide.dtype))
+        return mean.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else mean
 
     def corrected_self_edges(self, missing: float = 1.0) -> Any:
         """float32 [rows]: weight to add to the self edges of each vertex so that one counts.
@@ -387,12 +405,20 @@ class Block:
         edges = aggregation.edges
         target = x if target is None else target
         sources = self._sources(aggregation, x.astype(jnp.float32))
+        targets = target.astype(jnp.float32)
         by_edge = edges_by_position(edges)
         features = aggregation.edge_table
+        if self.parts > 1:
+            # a part without edges has padding alone, where messages must be finite too
+            has_edges = edges.offsets[-1] > 0
+            sources = jnp.where(has_edges, sources, 1 + jnp.cos(jnp.arange(sources.shape[1])))
+            targets = jnp.where(has_edges, targets, 1 + jnp.sin(jnp.arange(targets.shape[1])))
+        if features is not None:
+            features = like_first(edges, features).astype(x.dtype)
         return EdgeEnds(
             taken(edges, sources).astype(x.dtype),
-            spread(by_edge, target.astype(jnp.float32)).astype(x.dtype),
-            None if features is None else features.astype(x.dtype),
+            spread(by_edge, targets).astype(x.dtype),
+            features,
             by_edge,
             edges.ids == by_edge.back_ids,
         )

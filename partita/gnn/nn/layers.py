@@ -119,12 +119,12 @@ class AbstractConv(keras.layers.Layer):
         raise NotImplementedError
 
     def call(self, x: Any, graph: Block | Graph, training: bool = False) -> Any:
-        graph = as_block(graph, x)
+        block: Block = as_block(graph, x)
         if not isinstance(x, (tuple, list)):
-            return run(self.pieces(x.shape[-1], training), graph, {"x": x})
+            return block.filled(run(self.pieces(x.shape[-1], training), block, {"x": x}))
         source, target = x
         pieces = self.pieces(source.shape[-1], training, "t")
-        return run(pieces, graph, {"x": source, "t": target})
+        return block.filled(run(pieces, block, {"x": source, "t": target}))
 
     def compute_output_shape(self, input_shape: Any, *_: Any) -> Any:
         source, _ = shapes_of(input_shape)

@@ -85,7 +85,7 @@ class MessagePassing(keras.layers.Layer):
         if self.aggregate == "mean":
             degrees = jnp.maximum(graph.degree, 1)
             aggregated = aggregated / degrees.reshape(-1, *[1] * (aggregated.ndim - 1))
-        return self.update(x, aggregated.astype(x.dtype))
+        return self.update(x, graph.filled(aggregated.astype(x.dtype)))
 
     def build(self, input_shape: Any) -> None:
         self.built = True
@@ -107,9 +107,9 @@ def _softmax_mean(by_edge: Edges, scores: Any, values: Any) -> Any:
     edges = by_edge.ids.shape[0]
     is_edge = (jnp.arange(edges) < by_edge.offsets[-1])[:, None]
     width = math.prod(scores.shape[1:])
-    flat_scores = jnp.where(is_edge, scores.reshape(edges, width).astype(jnp.float32), 0)
+    flat_scores = scores.reshape(edges, width).astype(jnp.float32)
     top = jax.lax.stop_gradient(spread(by_edge, edge_max(by_edge, flat_scores)))
-    shares = jnp.exp(flat_scores - top)
+    shares = jnp.exp(jnp.where(is_edge, flat_scores - top, 0))
     total = edge_sum(by_edge, shares)
     shares = shares.reshape(scores.shape)
     sums = _by_rows(edge_sum, by_edge, _like(shares, values) * values)

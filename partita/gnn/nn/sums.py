@@ -74,18 +74,32 @@ def edges_by_position(edges: Edges) -> Edges:
 
 
 def taken(edges: Edges, x: Any) -> Any:
-    """[edges, features]: the row of x [columns, features] that each edge begins at."""
+    """[edges, features]: the row of x [columns, features] that each edge begins at.
+
+    Padding has the row of the first edge, and no gradient. Functions of rows are finite there as
+    they are for edges, so that their gradients, times zero, are zero.
+    """
+    ids = like_first(edges, edges.ids)
     if edges.back_order is None:
-        return x[edges.ids]
+        return x[ids]
     positions = jnp.arange(edges.ids.shape[0] + 1, dtype=jnp.int32)
-    offsets = jnp.minimum(positions, edges.offsets[-1])
-    return edge_sum(Edges(offsets, edges.ids, edges.back_offsets, edges.back_order), x)
+    return edge_sum(Edges(positions, ids, edges.back_offsets, edges.back_order), x)
 
 
 def spread(by_edge: Edges, x: Any) -> Any:
-    """[edges, features]: the row of x [rows, features] that each edge ends at; 0 for padding."""
-    transposed = Edges(by_edge.back_offsets, by_edge.back_ids, by_edge.offsets, by_edge.ids)
-    return edge_sum(transposed, x)
+    """[edges, features]: the row of x [rows, features] that each edge ends at.
+
+    Padding has the row of the first edge, and no gradient.
+    """
+    positions = jnp.arange(by_edge.ids.shape[0] + 1, dtype=jnp.int32)
+    rows = like_first(by_edge, by_edge.back_ids)
+    return edge_sum(Edges(positions, rows, by_edge.offsets, by_edge.ids), x)
+
+
+def like_first(edges: Edges, values: Any) -> Any:
+    """Values [edges, ...] with the first one in the place of padding."""
+    is_edge = jnp.arange(edges.ids.shape[0]) < edges.offsets[-1]
+    return jnp.where(is_edge.reshape(-1, *[1] * (values.ndim - 1)), values, values[:1])
 
 
 def edge_sum(edges: Edges, x: Any) -> Any:

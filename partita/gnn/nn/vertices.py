@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from typing import Any
 
@@ -63,7 +64,7 @@ class VertexDropout(SeededDropout):
         return True
 
     def call(self, x: Any, graph: Block, training: bool = False, column: Any = 0) -> Any:
-        """x [rows, columns] after dropout; `column` is the number of its first column."""
+        """x [rows, ...] after dropout; `column` is the number of its first column."""
         if not training or not self.rate:
             return x
         seed = self.next_seed()
@@ -72,10 +73,10 @@ class VertexDropout(SeededDropout):
             # a memory plan gives some rows of the block
             vertex = graph.first[0] + jnp.arange(x.shape[0], dtype=jnp.int32)
         first_column = jnp.asarray(column).astype(jnp.uint32)
-        columns = jnp.arange(x.shape[1], dtype=jnp.uint32) + first_column
+        columns = jnp.arange(math.prod(x.shape[1:]), dtype=jnp.uint32) + first_column
         row_bits = mix(vertex.astype(jnp.uint32) ^ seed[0])
         column_bits = mix(columns + seed[1])
-        bits = mix(row_bits[:, None] + column_bits)
+        bits = mix(row_bits[:, None] + column_bits).reshape(x.shape)
         return jnp.where(bits >= least_bits(self.rate), x / (1 - self.rate), 0)
 
     def compute_output_shape(self, input_shape: Any, *_: Any) -> Any:
