@@ -2,9 +2,9 @@
 
 torchax 0.0.13 differs from PyTorch in silence. Mended here: running statistics of batch
 normalizations, gradients through `torch.detach` and `torch.no_grad`, grouped transposed
-convolutions, bags of embeddings, tensors made without a device. Refused here: custom backward
-functions, `tensor.data`, and changes in place that another tensor would show, because JAX's arrays
-share no memory.
+convolutions, embeddings and their bags, classes out of range, tensors made without a device or
+moved to another one. Refused here: custom backward functions, gradients by PyTorch, `tensor.data`,
+and changes in place that another tensor would show, because JAX's arrays share no memory.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -60,6 +60,11 @@ def environment() -> Environment:
         def _should_use_torchax_tensor(self, device: Any) -> bool:
             return device is None or super()._should_use_torchax_tensor(device)
 
+        def _to_copy(self, the_tensor: Any, new_dtype: Any, new_device: Any) -> Any:
+            # A step runs on the devices of its plan: moves to others have no effect.
+            device = None if _is_traced(the_tensor) else new_device
+            return super()._to_copy(the_tensor, new_dtype, device)
+
         def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
             name = _name_of(func)
             args, kwargs = _on_jax(name, args, kwargs or {})
@@ -82,7 +87,12 @@ def environment() -> Environment:
     completed.override_op_definition(torch.ops.aten.detach, _detach)
     completed.override_op_definition(torch.ops.aten.detach.default, _detach)
     completed.override_op_definition(torch.nn.functional.batch_norm, _batch_norm)
+    completed.override_op_definition(torch.nn.functional.embedding, _embedding)
     completed.override_op_definition(torch.nn.functional.embedding_bag, _embedding_bag)
+    for move in (torch.Tensor.cpu, torch.Tensor.cuda):
+        completed.override_op_definition(move, lambda tensor, *args, **kwargs: tensor)
+    for loss in (torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss):
+        completed.override_op_definition(loss, functools.partial(_loss_of_classes, loss))
     for convolution in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d):
         by_group = functools.partial(_transposed_convolution, convolution)
         completed.override_op_definition(convolution, by_group)
@@ -386,6 +396,61 @@ def _batch_norm(
     return _tensor(result.astype(values.dtype))
 
 
+def _check_embedding(kind: str, max_norm: float | None, scale_grad_by_freq: bool) -> None:
+    """CaptureError for options of embeddings that JAX lacks."""
+    if max_norm is not None or scale_grad_by_freq:
+        raise CaptureError(
+            f"{kind} with max_norm or scale_grad_by_freq has no counterpart in JAX. Remove the "
+            "option."
+        )
+
+
+def _rows(weight: Tensor, words: jax.Array) -> jax.Array:
+    """The rows of a table; not a number for words out of range, where PyTorch raises."""
+    count = weight.shape[0]
+    return jnp.take(weight.jax(), jnp.where(words < 0, count, words), axis=0)
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.embedding`; torchax wraps negative words and ignores options."""
+    _check_embedding("Embedding", max_norm, scale_grad_by_freq)
+    words = input.jax()
+    rows = _rows(weight, words)
+    if padding_idx is not None:
+        is_padding = (words == padding_idx % weight.shape[0])[..., None]
+        rows = jnp.where(is_padding, jax.lax.stop_gradient(rows), rows)
+    return _tensor(rows)
+
+
+def _loss_of_classes(
+    function: Any,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """A loss of classes; not a number if one is out of range, where PyTorch raises."""
+    loss = function(input, target, weight, size_average, ignore_index, *args, **kwargs)
+    if target.is_floating_point():
+        return loss
+    classes = target.jax()
+    count = input.shape[min(1, input.dim() - 1)]
+    is_wrong = ((classes < 0) | (classes >= count)) & (classes != ignore_index)
+    wrong = jnp.where(is_wrong, jnp.nan, 0).astype(loss.jax().dtype)
+    return _tensor(loss.jax() + (wrong if loss.dim() else wrong.sum()))
+
+
 def _embedding_bag(
     input: Tensor,
     weight: Tensor,
@@ -405,13 +470,9 @@ def _embedding_bag(
             "EmbeddingBag was given bags of several lengths (offsets). A compiled step has fixed "
             "shapes: give a tensor [bags, words], shorter bags filled up with padding_idx."
         )
-    if max_norm is not None or scale_grad_by_freq:
-        raise CaptureError(
-            "EmbeddingBag with max_norm or scale_grad_by_freq has no counterpart in JAX. Remove "
-            "the option."
-        )
+    _check_embedding("EmbeddingBag", max_norm, scale_grad_by_freq)
     words = input.jax()
-    rows = weight.jax()[words]
+    rows = _rows(weight, words)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.jax()[..., None]
     is_word = jnp.ones(words.shape, bool)
@@ -457,15 +518,26 @@ def _move_average(average: Tensor, value: jax.Array, momentum: float) -> None:
     average._elem = new.astype(old.dtype)
 
 
+_DERIVATIVES = ("jacobian", "hessian", "vjp", "jvp", "vhp", "hvp")
+"""Functions of torch.autograd.functional, which are zero without PyTorch's own gradients."""
+
+
 @contextmanager
 def _refused_extensions() -> Iterator[None]:
-    """Inside, custom backward functions, `tensor.data` and items set in views raise a
-    CaptureError."""
+    """Inside, custom backward functions, gradients by PyTorch, `tensor.data` and items set in views
+    raise a CaptureError."""
 
     def apply(function: type, *args: Any, **kwargs: Any) -> Any:
         raise CaptureError(
             f"The custom backward of {function.__name__} (torch.autograd.Function) cannot be used "
             "in JAX. Write its forward pass with PyTorch's operations, which are differentiated."
+        )
+
+    def differentiate(*args: Any, **kwargs: Any) -> Any:
+        raise CaptureError(
+            "The step computes gradients itself (backward, torch.autograd.grad or functional), "
+            "which has no counterpart in JAX. Return the loss alone, or write the derivative as a "
+            "formula."
         )
 
     def read_data(tensor: Any) -> Any:
@@ -481,9 +553,13 @@ def _refused_extensions() -> Iterator[None]:
             value = environment().to_xla(value)
         set_item(tensor, key, value)
 
-    replaced: Sequence[tuple[type, str, Any]] = (
+    replaced: Sequence[tuple[Any, str, Any]] = (
         (torchax.Tensor, "__setitem__", set_checked),
         (torchax.Tensor, "flatten", torch.Tensor.flatten),
+        (torch.Tensor, "backward", differentiate),
+        (torch.autograd, "backward", differentiate),
+        (torch.autograd, "grad", differentiate),
+        *((torch.autograd.functional, name, differentiate) for name in _DERIVATIVES),
         (torch.autograd.Function, "apply", classmethod(apply)),
         (torchax.Tensor, "data", property(read_data)),
     )

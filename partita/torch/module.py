@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from partita.capture.names import MODULE_SCOPE
-from partita.errors import CaptureError
+from partita.errors import CaptureError, PartitaError
+from partita.files.reading import short_reason
 from partita.torch.environment import tracing, unwrapped, wrapped
 from partita.torch.extra import Package
 
@@ -44,6 +45,8 @@ VALUE_ERRORS = (
 )
 """Errors of JAX where a value is needed that is not known while tracing."""
 _PACKAGE = str(Path(__file__).parents[1])
+_FOREIGN = ("torch", "torchax", "jax", "opt_einsum", "contextlib", "functools")
+"""Modules whose lines say nothing about a user's program."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,9 @@ def _shape(tensor: torch.Tensor) -> jax.ShapeDtypeStruct:
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """A tensor as an array; 64-bit integers and floats become 32-bit ones, as in JAX."""
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        kind = "quantized" if tensor.is_quantized else "sparse"
+        raise CaptureError(f"A tensor is {kind}: give tensor.dequantize() or tensor.to_dense().")
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
@@ -133,21 +139,88 @@ def to_torch(array: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def as_batch(value: Any) -> Any:
-    """A batch of a DataLoader with NumPy arrays in the place of tensors, shapes of meta tensors."""
+    """A batch of a DataLoader with NumPy arrays in the place of tensors, shapes of meta tensors.
+
+    CaptureError for anything but numbers.
+    """
     if isinstance(value, torch.Tensor):
         return _shape(value) if value.is_meta else to_numpy(value)
-    if isinstance(value, np.ndarray):
-        return value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
     if isinstance(value, Mapping):
         return {name: as_batch(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return tuple(as_batch(item) for item in value)
-    return value
+    if isinstance(value, (list, tuple)):
+        items = [as_batch(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if value is None or isinstance(value, (bool, int, float, jax.Array, jax.ShapeDtypeStruct)):
+        return value
+    if isinstance(value, (np.ndarray, np.generic)) and _is_numeric(value.dtype):
+        return value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
+    is_array = hasattr(value, "dtype")
+    kind = f"an array of {value.dtype}" if is_array else f"a {type(value).__name__}"
+    raise CaptureError(
+        f"The batch contains {kind}: give tensors, arrays of numbers, or numbers, in tuples, "
+        "lists or dicts."
+    )
+
+
+def _is_numeric(dtype: Any) -> bool:
+    return dtype == np.bool_ or jnp.issubdtype(dtype, np.number)
 
 
 def modes_of(module: torch.nn.Module) -> tuple[bool, ...]:
     """Per submodule, whether it is in train mode."""
     return tuple(child.training for child in module.modules())
+
+
+class Settings:
+    """Numbers and texts among the attributes of a module and its submodules.
+
+    They are compiled into a step, so that another value needs another program.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._places = [
+            (name, vars(child), attribute)
+            for name, child in module.named_modules()
+            for attribute, value in vars(child).items()
+            if isinstance(value, (bool, int, float, str))
+        ]
+
+    def values(self) -> tuple[Any, ...]:
+        """The values now: a key of compiled programs."""
+        return tuple(attributes.get(name) for _, attributes, name in self._places)
+
+    def keep_changed(self, before: tuple[Any, ...]) -> list[str]:
+        """Keeps the values `before` for attributes that have others now, and names them."""
+        names = []
+        for index, (path, attributes, name) in enumerate(self._places):
+            if attributes.get(name) != before[index]:
+                names.append(f"{path}.{name}".lstrip("."))
+                self._places[index] = (path, {name: before[index]}, name)
+        return names
+
+
+class Versions:
+    """Versions of a module's parameters, which tell whether any was written to or replaced."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        # tensors made in inference mode have no version
+        self._places = [
+            (child._parameters, name)
+            for child in module.modules()
+            for name, tensor in child._parameters.items()
+            if tensor is not None and not tensor.is_inference()
+        ]
+        self._seen = self._now()
+
+    def _now(self) -> list[Any]:
+        tensors = [parameters.get(name) for parameters, name in self._places]
+        return [None if x is None else (id(x), x._version, x.requires_grad) for x in tensors]
+
+    def changed(self) -> bool:
+        """Whether a parameter changed since the last call."""
+        before = self._seen
+        self._seen = self._now()
+        return self._seen != before
 
 
 # ----------------------------------------------------------------------------------------- calls
@@ -225,24 +298,56 @@ class ModuleNetwork:
 
 def _line_of_user(error: Exception) -> str:
     """File, number and text of the innermost line outside PyTorch, JAX and Partita."""
-    names = ("torch", "torchax", "jax")
-    packages = [str(Path(str(sys.modules[name].__file__)).parent) for name in names]
+    files = [Path(str(sys.modules[name].__file__)) for name in _FOREIGN]
+    packages = [str(file.parent if file.stem == "__init__" else file) for file in files]
     line = ""
     for frame in traceback.extract_tb(error.__traceback__):
         if not frame.filename.startswith((*packages, _PACKAGE)):
-            line = f"{Path(frame.filename).name}:{frame.lineno}: {frame.line}"
+            text = short_reason(frame.line or "")
+            line = f"{Path(frame.filename).name}:{frame.lineno}: {text}"
     return line
 
 
 @contextmanager
 def _explained(module: torch.nn.Module) -> Iterator[None]:
-    """Inside, an error of a value that is not known while tracing becomes a CaptureError."""
+    """Inside, errors of the user's program become a CaptureError that names their place."""
+    name = type(module).__name__
     try:
         yield
+    except PartitaError:
+        raise
     except VALUE_ERRORS as error:
         place = f" ({_line_of_user(error)})" if _line_of_user(error) else ""
         raise CaptureError(
-            f"The forward pass of '{type(module).__name__}' needs the value of a tensor in "
-            f"Python{place}, and a compiled step has none. Write torch.where in the place of "
-            "branches, and keep shapes independent of values."
+            f"The forward pass of '{name}' needs the value of a tensor in Python{place}, and a "
+            "compiled step has none. Write torch.where in the place of branches, and keep shapes "
+            "independent of values."
         ) from error
+    except Exception as error:
+        line = _line_of_user(error)
+        place = f" ({line})" if line else ""
+        raise CaptureError(
+            f"The step of '{name}' fails in {_call_that_failed(module, error)}{place}: "
+            f"{type(error).__name__}: {short_reason(str(error))}. Try the module and the loss on "
+            "this batch in PyTorch."
+        ) from error
+
+
+def _call_that_failed(module: torch.nn.Module, error: Exception) -> str:
+    """Name, class and inputs of the innermost submodule whose call failed; else the loss."""
+    names = {id(child): name for name, child in module.named_modules()}
+    place = "the loss"
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        called = frame.f_locals.get("self")
+        if frame.f_code.co_name == "_call_impl" and id(called) in names:
+            path = names[id(called)] or "the module"
+            given = (*frame.f_locals["args"], *frame.f_locals["kwargs"].values())
+            shapes = ", ".join(map(_shape_text, given)) or "nothing"
+            place = f"{path} ({type(called).__name__}) of {shapes}"
+    return place
+
+
+def _shape_text(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"

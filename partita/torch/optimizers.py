@@ -66,7 +66,10 @@ class Optimizer:
         absent = [name for name, gradient in grads.items() if gradient is None]
         grads = grads | {name: jnp.zeros_like(arrays[name]) for name in absent}
         directions: Any
+        before = state
         directions, state = self.transformation.update(grads, state, arrays)
+        if absent:
+            state = _with_slots_of(before, state, set(absent))
         if self.group_of is None:
             return optax.apply_updates(arrays, directions), state
         updates = {}
@@ -74,6 +77,16 @@ class Optimizer:
             rate = 0.0 if name in absent else rates[self.group_of[name]]
             updates[name] = (-rate * directions[name]).astype(array.dtype)
         return optax.apply_updates(arrays, updates), state
+
+
+def _with_slots_of(before: Any, after: Any, names: set[str]) -> Any:
+    """The optimizer state `after` a step, with the slots of some arrays as they were `before`."""
+
+    def chosen(path: Any, old: Any, new: Any) -> Any:
+        stays = any(getattr(key, "key", None) in names for key in path)
+        return old if stays else new
+
+    return jax.tree_util.tree_map_with_path(chosen, before, after)
 
 
 def optimizer_of(given: Any, module: torch.nn.Module, trained: Sequence[str]) -> Optimizer:

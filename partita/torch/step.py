@@ -3,6 +3,8 @@
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
+import numbers
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, Unpack
@@ -19,6 +21,8 @@ from partita.torch.extra import Package
 from partita.torch.module import (
     Arrays,
     ModuleNetwork,
+    Settings,
+    Versions,
     arrays_of,
     as_batch,
     modes_of,
@@ -35,7 +39,7 @@ else:
 Loss: TypeAlias = "Callable[[Any, Any], torch.Tensor]"
 """(outputs, targets) -> the loss, a scalar tensor."""
 _STATIC = (3,)
-"""Position of the modes among the arguments of the step's function."""
+"""Position of the module's settings among the arguments of the step's function."""
 
 
 class State(NamedTuple):
@@ -52,7 +56,7 @@ class State(NamedTuple):
 class TrainingStep:
     """A training step of a PyTorch module: `loss = step(batch)`.
 
-    `state` is the training state, a tree of JAX arrays. `function(state, rates, batch, modes)`
+    `state` is the training state, a tree of JAX arrays. `function(state, rates, batch, settings)`
     gives (new state, loss) and is jittable; `arguments(batch)` are its arguments.
     """
 
@@ -63,6 +67,12 @@ class TrainingStep:
         self.optimizer = optimizer
         self.state = state
         self.clip_norm = clip_norm
+        self._settings = Settings(network.module)
+        self._versions = Versions(network.module)
+        self._has_given_state = False
+        """Whether the module may have taken over the state of the step."""
+        self._reached: set[str] | None = None
+        """Parameters with a gradient in the program that was traced last."""
         self._run: Callable[..., Any] | None = None
         self._options: dict[str, Any] | None = None
         self._outputs = jax.jit(network.outputs_of)
@@ -77,8 +87,11 @@ class TrainingStep:
         """The plan by which the step runs; None before the first batch, and without a plan."""
         return getattr(self._run, "plan", None)
 
-    def function(self, state: State, rates: Any, batch: Any, modes: Any) -> tuple[State, Any]:
-        """(new state, loss) of a step; `rates` are the learning rates of PyTorch's optimizer."""
+    def function(self, state: State, rates: Any, batch: Any, settings: Any) -> tuple[State, Any]:
+        """(new state, loss) of a step; `rates` are the learning rates of PyTorch's optimizer.
+
+        `settings` are those of the module, by which programs are told apart.
+        """
         next_key, key = jax.random.split(state.key)
         reached: set[str] = set()
 
@@ -87,6 +100,12 @@ class TrainingStep:
             return self.network.loss_of(noted, state.buffers, key, batch)
 
         (loss, buffers), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        if not reached:
+            raise CaptureError(
+                f"The loss of '{self.name}' depends on no parameter that requires a gradient: "
+                "remove detach() and torch.no_grad() from its computation."
+            )
+        self._note_reached(reached)
         if self.clip_norm is not None:
             grads = clipped(grads, self.clip_norm)
         if self.optimizer.source is not None:
@@ -95,10 +114,20 @@ class TrainingStep:
         params, optimizer = self.optimizer.updated(grads, state.optimizer, state.params, rates)
         return State(params, optimizer, buffers, next_key), loss
 
+    def _note_reached(self, reached: set[str]) -> None:
+        """Warns if Adam counts the steps of parameters that are not in all of them."""
+        counts = "Adam" in type(self.optimizer.source).__name__
+        if counts and self._reached not in (None, reached):
+            warnings.warn(
+                f"Other parameters of '{self.name}' have a gradient than in earlier steps. Adam's "
+                "bias correction counts all steps here, and those of each parameter in PyTorch.",
+                stacklevel=2,
+            )
+        self._reached = reached
+
     def arguments(self, batch: Any) -> tuple[State, Any, Any, Any]:
         """The arguments of `function` for a batch of tensors, arrays or shapes."""
-        modes = modes_of(self.network.module)
-        return self.state, self.optimizer.rates(), as_batch(batch), modes
+        return self.state, self.optimizer.rates(), as_batch(batch), self._settings.values()
 
     def __call__(self, batch: Any) -> Any:
         """Trains on a batch and gives its loss, a scalar JAX array: `float(loss)`.
@@ -106,6 +135,7 @@ class TrainingStep:
         The batch is (inputs, targets), where inputs are a tensor, a tuple or a dict; without a
         loss function it is the inputs alone. Tensors of PyTorch and arrays of NumPy are taken.
         """
+        self._check_weights()
         arguments = self.arguments(batch)
         if self._run is None:
             self._run = self._prepared(arguments)
@@ -115,7 +145,34 @@ class TrainingStep:
                 "to train. Make it without torch.device('meta')."
             )
         self.state, loss = self._run(*arguments)
+        changed = self._settings.keep_changed(arguments[-1])
+        if changed:
+            warnings.warn(
+                f"The forward pass changes {', '.join(changed)}, which happens only when the step "
+                "is compiled. Hold values that change in buffers.",
+                stacklevel=2,
+            )
         return loss
+
+    def _check_weights(self) -> None:
+        """Warns of changed parameters, of which the step has copies.
+
+        CaptureError if others require a gradient.
+        """
+        if not self._versions.changed():
+            return
+        if names_of(self.network.module).trained != self.network.names.trained:
+            raise CaptureError(
+                f"Other parameters of '{self.name}' require a gradient than when its step was "
+                "made. Make a new step."
+            )
+        if not self._has_given_state:
+            warnings.warn(
+                f"Weights of '{self.name}' changed after its step was made, which trains copies. "
+                "Call step.load_state_dict(module.state_dict()) to train the changed ones.",
+                stacklevel=3,
+            )
+        self._has_given_state = False
 
     def _is_on_meta(self) -> bool:
         return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(self.state))
@@ -130,8 +187,8 @@ class TrainingStep:
     def _named_function(self) -> Callable[..., Any]:
         """`function` under the name of the module, as plans show it."""
 
-        def function(state: State, rates: Any, batch: Any, modes: Any) -> tuple[State, Any]:
-            return self.function(state, rates, batch, modes)
+        def function(state: State, rates: Any, batch: Any, settings: Any) -> tuple[State, Any]:
+            return self.function(state, rates, batch, settings)
 
         function.__name__ = self.name
         return function
@@ -156,6 +213,7 @@ class TrainingStep:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The weights and buffers for `module.load_state_dict`, on the CPU."""
+        self._has_given_state = True
         arrays = {**self.state.params, **self.state.buffers}
         first = self.network.names.first
         result = {}
@@ -167,7 +225,13 @@ class TrainingStep:
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:
         """Replaces the weights and buffers; the optimizer's state stays as it is."""
         module = self.network.module
-        module.load_state_dict(tensors)
+        try:
+            module.load_state_dict(tensors)
+        except (RuntimeError, TypeError) as error:
+            raise CaptureError(
+                f"The state does not fit '{self.name}': {' '.join(str(error).split())}"
+            ) from error
+        self._versions.changed()
         names = self.network.names
         self.state = self.state._replace(
             params=arrays_of(module, names.trained), buffers=arrays_of(module, names.fixed)
@@ -227,6 +291,8 @@ def training_step(
         )
     _check_module(module)
     check_clip_norm(clip_norm)
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+        raise CaptureError(f"seed is {seed!r}: give a whole number.")
     names = names_of(module)
     if not names.trained:
         raise CaptureError(
@@ -238,7 +304,7 @@ def training_step(
     is_on_meta = any(isinstance(x, jax.ShapeDtypeStruct) for x in params.values())
     initialize = made.transformation.init
     slots = jax.eval_shape(initialize, params) if is_on_meta else initialize(params)
-    state = State(params, slots, arrays_of(module, names.fixed), jax.random.PRNGKey(seed))
+    state = State(params, slots, arrays_of(module, names.fixed), jax.random.PRNGKey(int(seed)))
     return TrainingStep(ModuleNetwork(module, loss, names), made, state, clip_norm)
 
 
@@ -278,6 +344,10 @@ def _check_module(module: torch.nn.Module) -> None:
             raise CaptureError(
                 f"{where} is compiled by torch.compile. Give the module before: Partita compiles "
                 "its step."
+            )
+        if ".quantized" in type(child).__module__:
+            raise CaptureError(
+                f"{where} is quantized, and its weights have no gradient. Give the module before."
             )
         if isinstance(child, torch.jit.ScriptModule):
             raise CaptureError(f"{where} is a TorchScript module. Give the module before it.")

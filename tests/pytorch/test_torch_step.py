@@ -373,6 +373,18 @@ class Branches(nn.Module):
         return self.dense(x if x.sum() > 0 else -x)
 
 
+class Differentiated(Branches):
+    def forward(self, x: Any) -> Any:
+        y = self.dense(x)
+        y.sum().backward()
+        return y
+
+
+class Detached(Branches):
+    def forward(self, x: Any) -> Any:
+        return self.dense(x).detach()
+
+
 class OwnBackward(Branches):
     def forward(self, x: Any) -> Any:
         class Clip(torch.autograd.Function):
@@ -416,6 +428,20 @@ REFUSED = {
     ),
     r"test_torch_step.py:\d+: return self.dense.* Write torch.where": (Branches, sgd),
     "custom backward of Clip": (OwnBackward, sgd),
+    "computes gradients itself": (Differentiated, sgd),
+    "depends on no parameter": (Detached, sgd),
+    r"fails in 0 \(Linear\) of float32 \[16, 12\]": (
+        lambda: nn.Sequential(nn.Linear(13, CLASSES)),
+        sgd,
+    ),
+    "has no counterpart in JAX. Remove": (
+        lambda: nn.Sequential(nn.Embedding(9, CLASSES, scale_grad_by_freq=True)),
+        sgd,
+    ),
+    "is quantized": (
+        lambda: nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(12, CLASSES)),
+        lambda m: None,
+    ),
     "half the bits": (lambda: perceptron().double(), sgd),
     "compiled by torch.compile": (lambda: torch.compile(perceptron()), sgd),
     "'Adadelta' has no": (perceptron, lambda m: torch.optim.Adadelta(m.parameters())),
@@ -447,6 +473,139 @@ def test_a_loss_and_a_norm_that_are_none_are_refused_in_a_sentence() -> None:
         partita.torch.training_step(module, "mse", sgd(module))
     with pytest.raises(partita.PartitaError, match="clip_norm is '1': give a positive number"):
         partita.torch.training_step(module, None, sgd(module), clip_norm="1")
+    with pytest.raises(partita.PartitaError, match="seed is 'a': give a whole number"):
+        partita.torch.training_step(module, None, sgd(module), seed="a")
+
+
+@pytest.mark.parametrize(
+    ("batch", "sentence"),
+    [
+        ("abc", "The batch contains a str: give tensors"),
+        ((["a"], torch.zeros(1)), "The batch contains a str: give tensors"),
+        ((np.array(["a"]), torch.zeros(1)), "The batch contains an array of <U1: give tensors"),
+        ((torch.zeros(2, 2).to_sparse(), torch.zeros(1)), "A tensor is sparse"),
+    ],
+)
+def test_a_batch_of_other_things_than_numbers_is_refused(batch: Any, sentence: str) -> None:
+    module = perceptron()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    with pytest.raises(partita.PartitaError, match=sentence):
+        step(batch)
+
+
+def test_a_class_or_word_out_of_range_has_no_loss() -> None:
+    module = nn.Sequential(nn.Embedding(4, CLASSES), nn.Flatten(0, 1))
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    known = torch.tensor([[1]])
+    assert np.isfinite(float(step((known, torch.tensor([2])))))
+    for word, label in ((1, CLASSES), (1, -1), (4, 2), (-1, 2)):
+        module = nn.Sequential(nn.Embedding(4, CLASSES), nn.Flatten(0, 1))
+        step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+        assert np.isnan(float(step((torch.tensor([[word]]), torch.tensor([label])))))
+
+
+def test_moves_between_devices_have_no_effect() -> None:
+    class Moving(Branches):
+        def forward(self, x: Any) -> Any:
+            return self.dense(x.cpu().to("cpu", torch.float32)).to(x.device)
+
+    module = Moving()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    assert_trains_as_torch(step, module, batches())
+
+
+class Scaled(Branches):
+    scale: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+
+    def forward(self, x: Any) -> Any:
+        return self.dense(x) * self.scale
+
+
+def test_attributes_that_change_between_steps_count() -> None:
+    module = Scaled()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    losses = []
+    batch = batches(1)[0]
+    for scale in (1.0, 3.0):
+        module.scale = scale
+        module.load_state_dict(step.state_dict())
+        expected = float(functional.cross_entropy(module(batch[0]), batch[1]).detach())
+        losses.append((float(step(batch)), expected))
+    np.testing.assert_allclose(*zip(*losses, strict=True), rtol=1e-5)
+
+
+class Counting(Scaled):
+    def forward(self, x: Any) -> Any:
+        self.scale += 1
+        return super().forward(x)
+
+
+def test_attributes_that_the_forward_pass_changes_are_named() -> None:
+    module = Counting()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    batch = batches(1)[0]
+    with pytest.warns(UserWarning, match="The forward pass changes scale"):
+        step(batch)
+    step(batch)
+    assert step._run._cache_size() == 1
+
+
+def test_weights_that_change_after_the_step_is_made_are_named() -> None:
+    module = perceptron()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    batch = batches(1)[0]
+    step(batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.load_state_dict(step.state_dict())
+        step(batch)
+        step.load_state_dict(module.state_dict())
+        step(batch)
+    nn.init.zeros_(module[0].weight)
+    with pytest.warns(UserWarning, match=r"Call step\.load_state_dict"):
+        step(batch)
+    module[0].weight.requires_grad_(False)
+    with pytest.raises(partita.PartitaError, match="Make a new step"):
+        step(batch)
+
+
+def test_a_state_of_another_module_is_refused_in_a_sentence() -> None:
+    module = perceptron()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    with pytest.raises(partita.PartitaError, match=r"does not fit 'Sequential': .*0\.weight"):
+        step.load_state_dict({})
+
+
+class Auxiliary(Branches):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(12, CLASSES)
+
+    def forward(self, x: Any) -> Any:
+        return self.dense(x) + (self.other(x) if self.training else 0)
+
+
+def test_parameters_without_a_gradient_keep_their_momentum() -> None:
+    torch.manual_seed(0)
+    module = Auxiliary()
+    data = batches()
+    results = []
+    for run in ("ours", "theirs"):
+        optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9)
+        step = partita.torch.training_step(module, functional.cross_entropy, optimizer)
+        losses = []
+        for index, batch in enumerate([*data, *data]):
+            module.train(index % 3 != 1)
+            one = [batch]
+            losses += (
+                [float(step(batch))] if run == "ours" else trained_by_torch(module, optimizer, one)
+            )
+        results.append(losses)
+    np.testing.assert_allclose(*results, rtol=1e-5)
 
 
 def test_a_module_given_to_parallelize_names_the_way() -> None:
