@@ -2,15 +2,17 @@
 
 torchax 0.0.13 differs from PyTorch in silence. Mended here: running statistics of batch
 normalizations, gradients through `torch.detach` and `torch.no_grad`, grouped transposed
-convolutions, embeddings and their bags, classes out of range, tensors made without a device or
-moved to another one. Refused here: custom backward functions, gradients by PyTorch, `tensor.data`,
-and changes in place that another tensor would show, because JAX's arrays share no memory.
+convolutions, embeddings and their bags, classes out of range, multi-label margins, distances,
+solutions of linear systems, tensors made without a device or moved to another one. Refused here:
+custom backward functions, gradients by PyTorch, `tensor.data`, and changes in place that another
+tensor would show, because JAX's arrays share no memory.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from partita.capture.names import MODULE_SCOPE
 from partita.errors import CaptureError
@@ -27,6 +30,7 @@ from partita.torch.recurrent import CELLS, network
 
 if TYPE_CHECKING:
     import torch
+    import torch.nn.modules.batchnorm as torch_norms
     import torch.utils._pytree as torch_tree
     import torchax.tensor as torchax
     from torch.nn.modules import module as torch_modules
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
 else:
     torch = Package("torch")
     torch_modules = Package("torch.nn.modules.module")
+    torch_norms = Package("torch.nn.modules.batchnorm")
     torch_tree = Package("torch.utils._pytree")
     torchax = Package("torchax.tensor")
 
@@ -42,6 +47,8 @@ AUTOCAST_IGNORED = (
     "torch.autocast has no effect on the step: weights and inputs decide the precision. Call "
     "module.bfloat16() instead."
 )
+LONGEST_DIRECT = 25
+"""Rows up to which PyTorch computes Euclidean distances from differences."""
 HOOK_IGNORED = (
     "{} is not called: JAX computes the gradients. Change the forward pass or the loss instead."
 )
@@ -83,16 +90,21 @@ def environment() -> Environment:
                 result = _without_gradients(result, tensors, before)
             return result
 
+    functional = torch.nn.functional
     completed = Completed()
     completed.override_op_definition(torch.ops.aten.detach, _detach)
     completed.override_op_definition(torch.ops.aten.detach.default, _detach)
-    completed.override_op_definition(torch.nn.functional.batch_norm, _batch_norm)
-    completed.override_op_definition(torch.nn.functional.embedding, _embedding)
-    completed.override_op_definition(torch.nn.functional.embedding_bag, _embedding_bag)
+    completed.override_op_definition(functional.batch_norm, _batch_norm)
+    completed.override_op_definition(functional.embedding, _embedding)
+    completed.override_op_definition(functional.embedding_bag, _embedding_bag)
     for move in (torch.Tensor.cpu, torch.Tensor.cuda):
         completed.override_op_definition(move, lambda tensor, *args, **kwargs: tensor)
-    for loss in (torch.nn.functional.cross_entropy, torch.nn.functional.nll_loss):
+    for loss in (functional.cross_entropy, functional.nll_loss):
         completed.override_op_definition(loss, functools.partial(_loss_of_classes, loss))
+    completed.override_op_definition(torch.linalg.solve, _solve)
+    completed.override_op_definition(functional.multilabel_margin_loss, _multilabel_margin_loss)
+    completed.override_op_definition(torch.cdist, _distances)
+    completed.override_op_definition(functional.pdist, _distances_of_pairs)
     for convolution in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d):
         by_group = functools.partial(_transposed_convolution, convolution)
         completed.override_op_definition(convolution, by_group)
@@ -368,7 +380,7 @@ def _batch_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`, which updates the running statistics in place."""
@@ -488,6 +500,72 @@ def _embedding_bag(
     return _tensor(total.astype(rows.dtype))
 
 
+def _multilabel_margin_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """`torch.nn.functional.multilabel_margin_loss`; PyTorch's formula in operations counts the
+    places behind the first -1."""
+    rows = jnp.atleast_2d(input.jax())
+    labels = jnp.atleast_2d(target.jax())
+    count = rows.shape[1]
+    is_label = jnp.cumsum(labels == -1, axis=1) == 0
+    of_labels = jnp.take_along_axis(rows, jnp.where(is_label, labels, 0), axis=1)
+    is_target = jax.nn.one_hot(jnp.where(is_label, labels, count), count).any(axis=1)
+    margins = jnp.maximum(0, 1 - of_labels[:, :, None] + rows[:, None, :])
+    counts = is_label[:, :, None] & ~is_target[:, None, :]
+    losses = jnp.where(counts, margins, 0).sum(axis=(1, 2)) / count
+    if reduction == "none":
+        return _tensor(losses if input.dim() > 1 else losses[0])
+    return _tensor(losses.mean() if reduction == "mean" else losses.sum())
+
+
+def _length(differences: jax.Array, p: float) -> jax.Array:
+    """The p-norm of the last dim, whose gradient is 0 where all differences are 0."""
+    sizes = jnp.abs(differences)
+    if math.isinf(p):
+        return sizes.max(axis=-1)
+    if p == 0:
+        return (sizes != 0).sum(axis=-1).astype(sizes.dtype)
+    powers = jnp.sum(sizes**p, axis=-1)
+    return jnp.where(powers > 0, jnp.where(powers > 0, powers, 1) ** (1 / p), 0)
+
+
+def _distances(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    """`torch.cdist`; torchax has no gradient at 0 and other numbers for p = inf."""
+    rows, columns = x1.jax(), x2.jax()
+    if p != 2 or max(rows.shape[-2], columns.shape[-2]) <= LONGEST_DIRECT:
+        return _tensor(_length(rows[..., :, None, :] - columns[..., None, :, :], p))
+    squares = (rows**2).sum(-1)[..., :, None] + (columns**2).sum(-1)[..., None, :]
+    squares = squares - 2 * rows @ jnp.matrix_transpose(columns)
+    return _tensor(jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0))
+
+
+def _distances_of_pairs(input: Tensor, p: float = 2.0) -> Tensor:
+    """`torch.nn.functional.pdist`, as `_distances`."""
+    first, second = np.triu_indices(input.shape[0], 1)
+    rows = input.jax()
+    return _tensor(_length(rows[first] - rows[second], p))
+
+
+def _solve(a: Tensor, b: Tensor, *, left: bool = True) -> Tensor:
+    """`torch.linalg.solve`; torchax takes a square b for a batch of vectors."""
+    matrices = a.jax()
+    values = b.jax()
+    is_vector = values.ndim == 1 or values.shape == matrices.shape[:-1]
+    if is_vector:
+        values = values[..., None]
+    if left or is_vector:
+        result = jnp.linalg.solve(matrices, values)
+    else:
+        turned = jnp.linalg.solve(jnp.matrix_transpose(matrices), jnp.matrix_transpose(values))
+        result = jnp.matrix_transpose(turned)
+    return _tensor(result[..., 0] if is_vector else result)
+
+
 def _transposed_convolution(
     convolution: Any,
     input: Tensor,
@@ -512,10 +590,31 @@ def _transposed_convolution(
     return result + bias.reshape(-1, *[1] * (weight.dim() - 2))
 
 
-def _move_average(average: Tensor, value: jax.Array, momentum: float) -> None:
+def _move_average(average: Tensor, value: jax.Array, momentum: float | Tensor) -> None:
     old = average.jax()
-    new = (1 - momentum) * old + momentum * jax.lax.stop_gradient(value)
+    share: Any = momentum.jax() if isinstance(momentum, torchax.Tensor) else momentum
+    new = (1 - share) * old + share * jax.lax.stop_gradient(value)
     average._elem = new.astype(old.dtype)
+
+
+def _normalized(forward: Any, module: Any, input: Tensor) -> Tensor:
+    """`forward` of a batch normalization. With momentum=None, where PyTorch reads the number of
+    batches in Python, averages of all batches."""
+    averages = module.training and module.momentum is None and module.track_running_stats
+    if not averages:
+        return forward(module, input)
+    module._check_input_dim(input)
+    module.num_batches_tracked.add_(1)
+    return torch.nn.functional.batch_norm(
+        input,
+        module.running_mean,
+        module.running_var,
+        module.weight,
+        module.bias,
+        True,
+        1.0 / module.num_batches_tracked,
+        module.eps,
+    )
 
 
 _DERIVATIVES = ("jacobian", "hessian", "vjp", "jvp", "vhp", "hvp")
@@ -545,6 +644,12 @@ def _refused_extensions() -> Iterator[None]:
             "tensor.data inside a forward pass has no counterpart in JAX. Write tensor.detach()."
         )
 
+    normalization: Any = torch_norms._BatchNorm
+    forward = normalization.forward
+
+    def normalize(module: Any, input: Any) -> Any:
+        return _normalized(forward, module, input)
+
     set_item = torchax.Tensor.__setitem__
 
     def set_checked(tensor: Any, key: Any, value: Any) -> None:
@@ -554,8 +659,11 @@ def _refused_extensions() -> Iterator[None]:
         set_item(tensor, key, value)
 
     replaced: Sequence[tuple[Any, str, Any]] = (
+        (normalization, "forward", normalize),
         (torchax.Tensor, "__setitem__", set_checked),
         (torchax.Tensor, "flatten", torch.Tensor.flatten),
+        # torchax's own converts the tensor itself
+        (torchax.Tensor, "type_as", lambda tensor, other: tensor.to(other.dtype)),
         (torch.Tensor, "backward", differentiate),
         (torch.autograd, "backward", differentiate),
         (torch.autograd, "grad", differentiate),

@@ -9,6 +9,7 @@ buffers are state.
 from __future__ import annotations
 
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -237,7 +238,7 @@ class ModuleNetwork:
 
     def loss_of(self, trained: Arrays, fixed: Arrays, key: Any, batch: Any) -> tuple[Any, Arrays]:
         """(the loss, the new buffers) of one forward pass."""
-        with _explained(self.module), tracing(self.module, key):
+        with explained(self.module), tracing(self.module, key):
             inputs, targets = self._split(wrapped(batch))
             outputs, arrays = self._call(trained, fixed, inputs)
             with jax.named_scope(MODULE_SCOPE + LOSS_SCOPE):
@@ -247,7 +248,7 @@ class ModuleNetwork:
 
     def outputs_of(self, trained: Arrays, fixed: Arrays, key: Any, inputs: Any) -> Any:
         """The module's outputs, as JAX arrays."""
-        with _explained(self.module), tracing(self.module, key):
+        with explained(self.module), tracing(self.module, key):
             outputs, _ = self._call(trained, fixed, wrapped(inputs))
         return unwrapped(outputs)
 
@@ -303,13 +304,13 @@ def _line_of_user(error: Exception) -> str:
     line = ""
     for frame in traceback.extract_tb(error.__traceback__):
         if not frame.filename.startswith((*packages, _PACKAGE)):
-            text = short_reason(frame.line or "")
+            text = textwrap.shorten(frame.line or "", 80, placeholder=" ...")
             line = f"{Path(frame.filename).name}:{frame.lineno}: {text}"
     return line
 
 
 @contextmanager
-def _explained(module: torch.nn.Module) -> Iterator[None]:
+def explained(module: torch.nn.Module) -> Iterator[None]:
     """Inside, errors of the user's program become a CaptureError that names their place."""
     name = type(module).__name__
     try:
@@ -336,7 +337,7 @@ def _explained(module: torch.nn.Module) -> Iterator[None]:
 def _call_that_failed(module: torch.nn.Module, error: Exception) -> str:
     """Name, class and inputs of the innermost submodule whose call failed; else the loss."""
     names = {id(child): name for name, child in module.named_modules()}
-    place = "the loss"
+    place = "the loss or its gradient"
     for frame, _ in traceback.walk_tb(error.__traceback__):
         called = frame.f_locals.get("self")
         if frame.f_code.co_name == "_call_impl" and id(called) in names:

@@ -25,6 +25,7 @@ from partita.torch.module import (
     Versions,
     arrays_of,
     as_batch,
+    explained,
     modes_of,
     names_of,
     to_torch,
@@ -99,7 +100,8 @@ class TrainingStep:
             noted = {name: _noted(array, name, reached) for name, array in params.items()}
             return self.network.loss_of(noted, state.buffers, key, batch)
 
-        (loss, buffers), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        with explained(self.network.module):
+            (loss, buffers), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         if not reached:
             raise CaptureError(
                 f"The loss of '{self.name}' depends on no parameter that requires a gradient: "
