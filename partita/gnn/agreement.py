@@ -19,6 +19,7 @@ import keras
 import numpy as np
 
 from partita.errors import GraphError
+from partita.files.reading import short_reason
 from partita.gnn.data.graph import Graph
 from partita.gnn.nn.rows import is_by_rows, is_ours, penalizes
 from partita.gnn.nn.vertices import SeededDropout
@@ -40,7 +41,14 @@ def check_agreement(model: Any, graph: Graph, split: Split, architecture: Archit
         raise GraphError(_refusal(model, split.devices, architecture))
     alone = replace(architecture, by_vertex=False)
     sample = _sample(graph, split.devices)
-    expected = _step_values(model, sample, Split(), alone)
+    try:
+        expected = _step_values(model, sample, Split(), alone)
+    except (IndexError, TypeError, ValueError) as error:
+        raise GraphError(
+            f"{type(model).__name__} fails on {sample.vertices} vertices, and parts have any "
+            f"number of them: {short_reason(str(error))}. Write a call that takes any number of "
+            "rows, or use devices=1."
+        ) from error
     if not all(np.isfinite(array).all() for array in expected):
         # logarithms and distances may need numbers like those of the graph
         sample = _sample_like(graph, sample)

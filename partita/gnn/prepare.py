@@ -174,20 +174,8 @@ class Architecture:
 def architecture_of(model: Any, graph: Graph) -> Architecture:
     """The architecture of a built model on graphs like this one.
 
-    One vertex with a self edge is traced; nothing is computed.
+    Its shapes are traced; nothing is computed.
     """
-    weights = None if graph.weights is None else np.zeros(1, np.float32)
-    edge_features = None
-    if graph.edge_features is not None:
-        edge_features = np.zeros((1, graph.edge_features.shape[1]), np.float32)
-    one_vertex = Graph(
-        np.array([0, 1], np.int64),
-        np.zeros(1, np.int32),
-        np.zeros((1, graph.feature_count), np.float32),
-        weights=weights,
-        edge_features=edge_features,
-        members=None if graph.members is None else np.zeros(1, np.int32),
-    )
 
     def predict(trainable: Any, others: Any, data: GraphData) -> Any:
         return model.stateless_call(trainable, others, data.x, graph=data.block, training=False)[0]
@@ -197,7 +185,7 @@ def architecture_of(model: Any, graph: Graph) -> Architecture:
             predict,
             _shapes(model.trainable_variables),
             _shapes(model.non_trainable_variables),
-            data_of(one_vertex),
+            _data_shapes(graph),
         )
     matrices = [v.shape for v in model.trainable_variables if len(v.shape) > 1]
     return Architecture(
@@ -206,6 +194,28 @@ def architecture_of(model: Any, graph: Graph) -> Architecture:
         by_vertex=bool(vars(type(model)).get("by_vertex") and model.by_vertex),
         normalizes=tuple(sorted(calls.normalizes)),
     )
+
+
+def _data_shapes(graph: Graph) -> GraphData:
+    """The data of a whole graph as shapes, from those of a small one."""
+    weights = None if graph.weights is None else np.zeros(5, np.float32)
+    edge_features = None
+    if graph.edge_features is not None:
+        edge_features = np.zeros((5, graph.edge_features.shape[1]), np.float32)
+    small = Graph(
+        np.array([0, 5, 5], np.int64),
+        np.zeros(5, np.int32),
+        np.zeros((2, graph.feature_count), np.float32),
+        weights=weights,
+        edge_features=edge_features,
+        members=None if graph.members is None else np.zeros(2, np.int32),
+    )
+    sizes = {1: 1, 2: graph.vertices, 3: graph.vertices + 1, 5: graph.edges}
+
+    def grown(array: Any) -> Any:
+        return jax.ShapeDtypeStruct((sizes[array.shape[0]], *array.shape[1:]), array.dtype)
+
+    return jax.tree.map(grown, data_of(small))
 
 
 def check_weights_suit(graph: Graph, architecture: Architecture) -> None:

@@ -582,6 +582,30 @@ def test_functions_without_a_value_at_zero_are_finite_in_padding(aggregate: str)
     np.testing.assert_allclose(results[1], results[0], rtol=1e-4, atol=1e-6)
 
 
+class Positions(gnn.GraphModel):
+    """A learned row for every vertex, which parts cannot have."""
+
+    def __init__(self) -> None:
+        super().__init__(classes=4, layers=0)
+        self.leave = gnn.GCNConv(4, activation="softmax")
+
+    def build(self, input_shape: Any) -> None:
+        self.rows = self.add_weight(shape=(VERTICES, 3), name="rows")
+        self.leave.build((None, input_shape[-1] + 3))
+        self.built = True
+
+    def call(self, x: Any, graph: Any, training: bool = False) -> Any:
+        return self.leave(keras.ops.concatenate([x, self.rows], axis=1), graph=graph)
+
+
+def test_a_network_for_one_number_of_vertices_trains_on_one_device() -> None:
+    model = Positions()
+    model.compile("sgd")
+    model.fit(random_graph(), verbose=0)
+    with pytest.raises(GraphError, match="Positions fails on 68 vertices, and parts have any"):
+        model.fit(random_graph(), devices=2, verbose=0)
+
+
 def test_a_mean_in_float16_counts_many_vertices() -> None:
     block = block_of(gnn.Graph.from_edges([0], [1], 70_000))
     rows = jnp.full((70_000, 1), 2.0, jnp.float16)
