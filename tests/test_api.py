@@ -3,6 +3,7 @@ plain Keras layout.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from keras import layers
 
 import partita
+from partita.capture.functions import call_of, capture_call
 from partita.capture.program import capture_program
 from partita.errors import CaptureError, MemoryBudgetError, PlanError
 from partita.machine import host
@@ -137,6 +139,21 @@ def test_the_old_state_may_hold_an_array_twice_or_share_it_with_the_batch() -> N
     plan = resolve_plan("dp", capture_program(step, args=((w, w), w, x)).graph, host(4, 1 << 30))
     split = partita.parallelize(step, ((w, w), w, x), plan=plan, say=print)
     assert losses(split) == pytest.approx(losses(jax.jit(step)))
+
+
+def test_a_batch_that_looks_like_an_output_is_no_state() -> None:
+    def step(weights: Any, key: Any, x: Any) -> Any:
+        def loss(weights: Any) -> Any:
+            rebuilt = x @ weights @ weights.T
+            return jnp.mean((rebuilt - x) ** 2), rebuilt
+
+        (value, rebuilt), gradient = jax.value_and_grad(loss, has_aux=True)(weights)
+        return weights - 0.1 * gradient, value, jax.random.fold_in(key, 1), rebuilt, x
+
+    args = jnp.ones((6, 3)) / 4, jax.random.key(0), jnp.ones((8, 6))
+    call = call_of(step, args, {})
+    assert capture_call(step, call).roles.state == (0, 1)
+    assert capture_call(step, call).captured.graph.batch_size == 8
 
 
 def test_an_option_that_a_verb_lacks_is_a_type_error_with_the_nearest_one() -> None:

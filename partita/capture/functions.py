@@ -435,8 +435,9 @@ def _replacements(
     """Array -> the leaf of the result that replaces it.
 
     An argument is replaced by the first node of the result with its structure, shapes and dtypes. A
-    single array is only replaced if every argument before it is: else it may be a batch that looks
-    like an output.
+    single array may be a batch that looks like an output (reconstructed images). So it is only
+    replaced if every argument before it is; and if it has dims, not after an output (the loss)
+    that follows new state.
     """
     numbers = list(range(len(call.leaves)))
     arguments = _in_order(*jax.tree.unflatten(call.tree, numbers))
@@ -452,15 +453,31 @@ def _replacements(
         if not arrays or not set(arrays).isdisjoint(traced.in_place):
             continue
         signatures = [(shapes[i].shape, str(shapes[i].dtype)) for i in arrays]
+        candidates = nodes
+        if len(arrays) == 1 and shapes[arrays[0]].shape and not _is_key(shapes[arrays[0]]):
+            candidates = _before_outputs(nodes, taken)
         spots = None
         if len(arrays) > 1 or all_replaced:
-            spots = _matching_spots(nodes, tree, offsets, signatures, taken)
+            spots = _matching_spots(candidates, tree, offsets, signatures, taken)
         if spots is None:
             all_replaced = False
         else:
             taken.update(spots)
             replaced_by.update(zip(arrays, spots, strict=True))
     return replaced_by
+
+
+def _before_outputs(
+    nodes: Sequence[tuple[int, list[Any], Any]], taken: set[int]
+) -> list[tuple[int, list[Any], Any]]:
+    """The nodes of the result up to the first leaf behind new state that is none: all nodes while
+    no new state is known."""
+    if not taken:
+        return list(nodes)
+    end = min(taken)
+    while end in taken:
+        end += 1
+    return [node for node in nodes if node[0] <= end]
 
 
 def _matching_spots(
