@@ -99,6 +99,13 @@ class Checkpoint(keras.callbacks.Callback):
                 "Name a folder that can be written."
             ) from None
 
+    def __reduce__(self) -> Any:
+        raise PartitaError(
+            "A partita.Checkpoint cannot be copied (a tuner copies its callbacks): a copy would "
+            "resume from the other training. Give each training a Checkpoint and a folder of its "
+            "own."
+        )
+
     def _new_manager(self) -> Any:
         """Orbax's manager of the folder.
 

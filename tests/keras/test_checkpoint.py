@@ -1,5 +1,6 @@
 """Checkpoints match by structure, and a resumed run sees the samples in the same order."""
 
+import copy
 import re
 import shutil
 import subprocess
@@ -79,6 +80,8 @@ def test_a_folder_that_another_run_uses_is_refused(tmp_path: Path) -> None:
         holder.kill()
         holder.wait()
     fit(tmp_path, 1)
+    with pytest.raises(PartitaError, match="cannot be copied .* a folder of its own"):
+        copy.deepcopy(partita.Checkpoint(tmp_path))
 
 
 def test_a_model_of_another_structure_is_refused(tmp_path: Path) -> None:
