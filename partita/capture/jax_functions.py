@@ -297,5 +297,10 @@ def reason(error: Exception) -> str:
     """The type and the first line of an error; an error of ours is a sentence without its type."""
     if isinstance(error, PartitaError):
         return str(error)
+    if "host_callbacks" in str(error):
+        return (
+            "it calls Python on the host (jax.debug.print, jax.debug.callback, jax.pure_callback, "
+            "jax.experimental.io_callback). Remove these calls."
+        )
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
