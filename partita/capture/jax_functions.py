@@ -93,6 +93,12 @@ def capture_step(
     Raises:
         CaptureError: JAX cannot export the step.
     """
+    config: Any = jax.config
+    if config.jax_disable_jit:
+        raise CaptureError(
+            f"The training step of '{name}' cannot be captured without compilation. "
+            "Unset JAX_DISABLE_JIT (jax_disable_jit)."
+        )
     if target is None:
         target = CaptureTarget.local()
     try:

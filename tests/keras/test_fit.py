@@ -363,6 +363,17 @@ def test_what_runs_eagerly_trains_unplanned_with_one_sentence(compiling):
     ]
 
 
+def test_a_step_without_compilation_trains_unplanned_with_one_sentence():
+    said = []
+    model = made(plan="data parallel", report=said.append)
+    with jax.disable_jit():
+        trained(model, *MODELS["mlp"][1], epochs=1)
+    assert said == [
+        "The training step of 'sequential' cannot be captured without compilation. Unset "
+        "JAX_DISABLE_JIT (jax_disable_jit). It trains on one device, as Keras runs it."
+    ]
+
+
 def test_augmentation_that_keras_does_not_compile_is_planned_all_the_same():
     def build():
         return keras.Sequential(
