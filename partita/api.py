@@ -30,7 +30,7 @@ from partita.planning import (
     with_reasons,
 )
 from partita.plans.plan import Plan
-from partita.report.notebook import notebook_say, plan_html
+from partita.report.notebook import comparison_html, notebook_say, plan_html, timeline_html
 from partita.search.base import Report
 from partita.simulation.timeline import Timeline
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from partita.execute.compilers.compiled_plan import CompiledPlan
 
 Plan._repr_html_ = plan_html  # pyright: ignore[reportAttributeAccessIssue]
+Timeline._repr_html_ = timeline_html  # pyright: ignore[reportAttributeAccessIssue]
+Comparison._repr_html_ = comparison_html  # pyright: ignore[reportAttributeAccessIssue]
 
 Program = TypeVar("Program")
 

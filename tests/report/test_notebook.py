@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 import partita
+from partita.comparison import ComparedPlan, Comparison
 from partita.graph.operator_graph import OperatorGraph
-from partita.report.notebook import notebook_say
+from partita.planning import resolve_plan
+from partita.report.notebook import comparison_html, notebook_say, timeline_html
+from partita.simulation.simulate import predicted, simulate
 
 GRAPH = OperatorGraph.load(Path(__file__).parents[1] / "data" / "transformer.graph.json")
 
@@ -20,6 +23,18 @@ def test_a_cell_shows_a_plan_as_a_table_with_its_prediction() -> None:
     assert f"{plan.graph} on h100:4" in html
     assert html.count("<tr>") > 5
     assert "predicted" in html.split("</table>")[1]
+
+
+def test_a_cell_shows_a_simulated_step_and_a_comparison_as_tables() -> None:
+    plan = resolve_plan("tp", GRAPH, partita.load_machine("h100:4"))
+    step = simulate(GRAPH, partita.load_machine("h100:4"), plan)
+    html = timeline_html(step)
+    assert step._repr_html_() == html  # pyright: ignore[reportAttributeAccessIssue]
+    assert "a step of" in html and "source of the figures" in html.split("</table>")[1]
+    prediction = predicted(GRAPH, partita.load_machine("h100:4"), plan)
+    rows = (ComparedPlan("<tp>", plan, prediction, True),)
+    html = comparison_html(Comparison("net", "h100:4", rows))
+    assert "net on h100:4" in html and "&lt;tp&gt;" in html and html.count("<tr>") == 2
 
 
 def test_names_of_layers_are_escaped() -> None:
