@@ -194,6 +194,8 @@ class PlannedFit:
         """The last state that has not been donated."""
         self._state_key: Any = None
         self._keras_function: Callable[[Any, Any], Any] | None = None
+        self._keras_shapes = 0
+        """Shapes of batches for which Keras's own step is compiled."""
         self._step_start: float | None = None
         self._step_times: deque[float] = deque(maxlen=_STEPS_TIMED)
 
@@ -231,6 +233,7 @@ class PlannedFit:
         self.steps.clear()
         self._recompiled = True
         self._keras_function = None
+        self._keras_shapes = 0
         reason = self._reason_for_keras()
         if reason:
             self._warn(reason)
@@ -420,11 +423,38 @@ class PlannedFit:
         if self._keras_function is None:
             model: Any = self.model
             planned_function = model.train_function
-            keras_train_function(model, force=True)
+            with self._shapes_counted():
+                keras_train_function(model, force=True)
             self._keras_function = model.train_function
             model.train_function = planned_function
         assert self._keras_function is not None
         return self._keras_function
+
+    @contextmanager
+    def _shapes_counted(self) -> Iterator[None]:
+        """Inside, Keras compiles a training step that counts the shapes of its batches, at no cost
+        per step: it is traced once for each."""
+        model: Any = self.model
+        train_step = model.train_step
+        before = vars(model).get("train_step")
+
+        @functools.wraps(train_step)
+        def counted(*arguments: Any) -> Any:
+            self._keras_shapes += 1
+            sentence = shapes_sentence(self.name, self._keras_shapes)
+            if sentence:
+                self._warn(sentence)
+            return train_step(*arguments)
+
+        if model.jit_compile:
+            vars(model)["train_step"] = counted
+        try:
+            yield
+        finally:
+            if before is not None:
+                vars(model)["train_step"] = before
+            elif model.jit_compile:
+                del vars(model)["train_step"]
 
     # ---------------------------------------------------------------------- evaluate and predict
 

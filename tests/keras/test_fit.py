@@ -443,6 +443,18 @@ def test_a_plan_of_one_device_leaves_training_to_keras():
     assert model.train_function is not None
 
 
+def test_many_shapes_of_batches_are_said_where_keras_trains_too():
+    said = []
+    model = made(plan="one device", report=said.append)
+    x, y = MODELS["mlp"][1]
+    for count in (3, 4, 5, 4, 6, 7, 8):
+        trained(model, x[:count], y[:count], epochs=2)
+    assert [sentence.split(",")[0] for sentence in said] == [
+        "'sequential' has had batches of 5 shapes"
+    ]
+    assert "train_step" not in vars(model)
+
+
 def test_a_plan_for_more_devices_than_there_are_is_refused_and_nothing_is_lost():
     model = made()
     model.build((None, 12))
