@@ -12,11 +12,12 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partita.cost.predict import OperatorPrediction, Prediction
-from partita.errors import MemoryBudgetError, PlanError
+from partita.errors import MachineError, MemoryBudgetError, PlanError
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine, load
 from partita.plans.adapt import (
@@ -81,6 +82,7 @@ DEFAULTS = SearchOptions()
 def resolve_machine(machine: str | Machine | None, devices: int | None = None) -> Machine:
     """The machine of a name or file, the local devices for None; with `devices`, that many
     devices of it."""
+    _check_devices(devices)
     if machine is None:
         from partita.execute.devices import detect
 
@@ -94,6 +96,17 @@ def resolve_machine(machine: str | Machine | None, devices: int | None = None) -
     if count.isdecimal() and devices * int(count) % whole.devices == 0:
         name = f"{kind}:{devices * int(count) // whole.devices}"
     return replace(part, name=name)
+
+
+def _check_devices(devices: int | None) -> None:
+    """MachineError for a number of devices that is none."""
+    if devices is None:
+        return
+    is_whole = isinstance(devices, Integral) and not isinstance(devices, bool)
+    if not is_whole or devices < 1:
+        raise MachineError(
+            f"devices={devices!r} is no number of devices: give a whole number above 0."
+        )
 
 
 def check_measurable(machine: str | Machine | None) -> None:
@@ -400,6 +413,7 @@ def make_planner(
     gives the fastest plan that is smaller. A given plan is not replaced; the error names the
     smaller one. Of several processes process 0 searches.
     """
+    _check_devices(devices)
     given = given_plan(plan) if plan is not None else None
     if options.measure_operators:
         check_measurable(machine)

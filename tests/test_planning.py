@@ -10,8 +10,15 @@ import pytest
 from partita import planning
 from partita.capture.functions import call_of, capture_call
 from partita.capture.jax_functions import Captured
+from partita.errors import MachineError
 from partita.machine import host
-from partita.planning import resolve_machine, resolve_plan, search_fitting_plan, search_plan
+from partita.planning import (
+    make_planner,
+    resolve_machine,
+    resolve_plan,
+    search_fitting_plan,
+    search_plan,
+)
 
 SMALL = host(2, 2_000_000)
 LARGE = host(2, 2_000_000_000)
@@ -32,6 +39,14 @@ def captured(reduce: Callable[[Any], Any]) -> Captured:
     weights = [jax.ShapeDtypeStruct((16, 16), "float32")] * 8
     x = jax.ShapeDtypeStruct((8192, 16), "float32")
     return capture_call(step, call_of(step, (weights, x), {})).captured
+
+
+@pytest.mark.parametrize("devices", [0, -1, True, 1.5, "2"])
+def test_a_number_of_devices_that_is_none_is_refused(devices: Any) -> None:
+    with pytest.raises(MachineError, match=f"devices={devices!r} is no number of devices: give"):
+        resolve_machine("h100:8", devices)
+    with pytest.raises(MachineError, match="is no number of devices"):
+        make_planner(devices=devices)
 
 
 def test_microbatches_are_searched_only_where_no_other_plan_fits() -> None:
