@@ -194,7 +194,7 @@ class PlannedFit:
         """The last state that has not been donated."""
         self._state_key: Any = None
         self._keras_function: Callable[[Any, Any], Any] | None = None
-        self._keras_shapes = 0
+        self._keras_shapes: set[Any] = set()
         """Shapes of batches for which Keras's own step is compiled."""
         self._step_start: float | None = None
         self._step_times: deque[float] = deque(maxlen=_STEPS_TIMED)
@@ -233,7 +233,7 @@ class PlannedFit:
         self.steps.clear()
         self._recompiled = True
         self._keras_function = None
-        self._keras_shapes = 0
+        self._keras_shapes.clear()
         reason = self._reason_for_keras()
         if reason:
             self._warn(reason)
@@ -439,12 +439,14 @@ class PlannedFit:
         before = vars(model).get("train_step")
 
         @functools.wraps(train_step)
-        def counted(*arguments: Any) -> Any:
-            self._keras_shapes += 1
-            sentence = shapes_sentence(self.name, self._keras_shapes)
-            if sentence:
-                self._warn(sentence)
-            return train_step(*arguments)
+        def counted(state: Any, batch: Any) -> Any:
+            key = _shapes_key(batch)
+            if key not in self._keras_shapes:
+                self._keras_shapes.add(key)
+                sentence = shapes_sentence(self.name, len(self._keras_shapes))
+                if sentence:
+                    self._warn(sentence)
+            return train_step(state, batch)
 
         if model.jit_compile:
             vars(model)["train_step"] = counted

@@ -367,7 +367,7 @@ def test_a_step_without_compilation_trains_unplanned_with_one_sentence():
     said = []
     model = made(plan="data parallel", report=said.append)
     with jax.disable_jit():
-        trained(model, *MODELS["mlp"][1], epochs=1)
+        trained(model, *MODELS["mlp"][1], batch_size=4)
     assert said == [
         "The training step of 'sequential' cannot be captured without compilation. Unset "
         "JAX_DISABLE_JIT (jax_disable_jit). It trains on one device, as Keras runs it."
