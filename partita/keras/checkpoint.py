@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from numbers import Integral
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,10 +72,13 @@ class Checkpoint(keras.callbacks.Callback):
 
     def __init__(self, folder: str | Path, keep: int = 2, every: int = 1) -> None:
         super().__init__()
-        if every < 1:
-            raise PartitaError(
-                f"A checkpoint every {every} epochs is impossible: give every=1 or more."
-            )
+        for name, count in {"keep": keep, "every": every}.items():
+            if not isinstance(count, Integral) or count < 1:
+                raise PartitaError(
+                    f"{name}={count!r} is no whole number above 0: give {name}=1 or more."
+                )
+        if not isinstance(folder, (str, os.PathLike)):
+            raise PartitaError(f"folder={folder!r} is no path: give the path of a folder.")
         self.every = every
         self._unsaved_epoch: int | None = None
         self._resumed_epoch: int | None = None

@@ -84,6 +84,14 @@ def test_a_folder_that_another_run_uses_is_refused(tmp_path: Path) -> None:
         copy.deepcopy(partita.Checkpoint(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("keep", 0), ("keep", "2"), ("every", 0), ("every", 1.5), ("folder", None)]
+)
+def test_a_wrong_setting_is_refused_at_once(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(PartitaError, match=f"{name}={value!r} is no .* give"):
+        partita.Checkpoint(**{"folder": tmp_path, name: value})
+
+
 def test_a_model_of_another_structure_is_refused(tmp_path: Path) -> None:
     fit(tmp_path, 1)
     with pytest.raises(PartitaError, match="are of another model: '00000 sequential/dense/kernel'"):
