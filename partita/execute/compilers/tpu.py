@@ -56,7 +56,12 @@ GENERATIONS = (
     (r"v6 ?(e|lite)|trillium", Generation("v6e", PLANES, 918e12 / (16 * 2 * 128 * 128))),
 )
 """(pattern of the name of a machine's device, generation)."""
-_SHORT = re.compile(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+_SHORT = re.compile(
+    r"(?:Used |memory required for HLO temporaries \()([\d.]+)([KMGT]?)"
+    r"(?: of |\) exceeds available HBM \()[\d.]+"
+)
+"""The message about a program that exceeds a chip's memory, in two wordings of libtpu. The second
+also counts arguments and results."""
 
 
 class TpuCompiler(ProgramCompiler):

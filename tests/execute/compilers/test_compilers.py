@@ -229,8 +229,16 @@ def test_a_broken_program_is_one_sentence(cache):
         compile_program(dataclasses.replace(request, program=b"nothing"))
 
 
-def test_a_tpu_program_that_is_too_large_says_how_much_it_needs():
-    error = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.00G of 15.75G hbm."
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "in memory space hbm. Used 24.00G of 15.75G hbm.",
+        "on HBM, the total memory required for HLO temporaries (24.00G) exceeds available HBM "
+        "(15.75G).",
+    ],
+)
+def test_a_tpu_program_that_is_too_large_says_how_much_it_needs(reason):
+    error = f"RESOURCE_EXHAUSTED: Ran out of memory {reason}"
     assert TpuCompiler().needed_bytes(error) == 24 << 30
     assert TpuCompiler().needed_bytes("INTERNAL: something else") is None
 
