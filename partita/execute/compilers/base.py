@@ -59,6 +59,8 @@ class ProgramCompiler(abc.ABC):
     """XLA_FLAGS of the child process."""
     stores_program: bool = False
     """Whether a compiled program takes main memory of a device beside its temporaries."""
+    counts_gaps_twice: bool = False
+    """Whether the figure of temporaries has the gaps between values twice."""
 
     @abc.abstractmethod
     def target(self, machine: Machine) -> CompileTarget:

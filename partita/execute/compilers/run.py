@@ -51,6 +51,17 @@ class ProgramMemory:
         """Arguments, outputs, temporaries and the program, aliases counted once."""
         return self.arguments + self.outputs + self.temporaries + self.code - self.aliased
 
+    def with_gaps_once(self) -> ProgramMemory:
+        """The same, where the temporaries count the gaps between values twice.
+
+        A compiler that reports no live values of main memory keeps its figure, which is then at
+        most as much too high.
+        """
+        live = self.peak_live - self.arguments
+        if not 0 < live <= self.temporaries:
+            return self
+        return replace(self, temporaries=(self.temporaries + live) // 2)
+
 
 @dataclass(frozen=True)
 class CompiledProgram:
@@ -127,6 +138,8 @@ def _read(folder: Path, compiler: ProgramCompiler, version: str) -> CompiledProg
     memory = ProgramMemory(**result["memory"])
     if not compiler.stores_program:
         memory = replace(memory, code=0)
+    if compiler.counts_gaps_twice:
+        memory = memory.with_gaps_once()
     return CompiledProgram(text, memory, result["seconds"], compiler.name, version)
 
 

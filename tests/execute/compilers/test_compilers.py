@@ -23,7 +23,7 @@ from partita.execute.compilers.compiled_plan import compile_captured
 from partita.execute.compilers.cuda import CARDS, CudaCompiler, card_of, config_of
 from partita.execute.compilers.family import COMPILERS, program_compiler
 from partita.execute.compilers.request import CompileRequest, request_of
-from partita.execute.compilers.run import abort_reason, compile_program
+from partita.execute.compilers.run import ProgramMemory, abort_reason, compile_program
 from partita.execute.compilers.tpu import TpuCompiler
 from partita.machine import host, load
 from partita.planning import plan_that_compiles
@@ -241,6 +241,19 @@ def test_a_tpu_program_that_is_too_large_says_how_much_it_needs(reason):
     error = f"RESOURCE_EXHAUSTED: Ran out of memory {reason}"
     assert TpuCompiler().needed_bytes(error) == 24 << 30
     assert TpuCompiler().needed_bytes("INTERNAL: something else") is None
+
+
+def test_gaps_between_the_values_of_a_tpu_count_once():
+    """Figures of two programs of libtpu 0.0.42.1, and the allocations in its buffer assignment."""
+    assert TpuCompiler.counts_gaps_twice
+    for arguments, temporaries, live, allocated in (
+        (654_336_000, 686_790_144, 654_347_264, 670_548_480),
+        (805_306_368, 1_342_435_328, 1_073_755_136, 1_208_074_752),
+    ):
+        memory = ProgramMemory(arguments, 512, temporaries, 0, peak_live=arguments + live)
+        assert memory.with_gaps_once().temporaries == pytest.approx(allocated, abs=1 << 15)
+    on_chip = ProgramMemory(1000, 0, 500, 0, peak_live=2000)
+    assert on_chip.with_gaps_once() == on_chip
 
 
 def test_a_request_is_read_as_it_was_written(tmp_path):
