@@ -4,6 +4,7 @@ devices that need not be here.
     python benchmarks/compiler.py --models resnet50,gpt --plans "data parallel,found"
     python benchmarks/compiler.py --target h100 --plans "ZeRO-3,ZeRO-3 rematerialized,ZeRO-1 offloaded"
     python benchmarks/compiler.py --target h100 --json rows.json --texts folder --continue
+    python benchmarks/compiler.py --target v5e --models gpt,mixer --times 128    # gigabytes a device
 
 Ratios are planned / compiled: a line per pair as it is done, then medians and worst cases. The
 programs are cached, so a second run after a change of the cost model compiles nothing.
@@ -26,6 +27,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import jax
 import keras
 import numpy as np
 from keras import layers, ops
@@ -346,7 +348,7 @@ def compared(captured, machine: Machine, target: str, model: str, plan_name: str
     except PartitaError as error:
         return Row(target, model, plan_name, error=str(error))
     if texts is not None:
-        name = f"{target}-{model}-{plan_name.replace(' ', '-')}.hlo.gz"
+        name = f"{target}-{model}-{plan_name}.hlo.gz".replace(" ", "-")
         (texts / name).write_bytes(gzip.compress(program.text.encode(), mtime=0))
     graph = rematerialized(graph, plan.recompute)
     layout = layout_of(graph, plan)
@@ -377,6 +379,11 @@ def compared(captured, machine: Machine, target: str, model: str, plan_name: str
         compile_seconds=program.seconds,
         compiler=f"{program.compiler}, {program.version}",
     )
+
+
+def multiplied(batch, times: int):
+    """A batch with `times` as many samples."""
+    return jax.tree.map(lambda array: np.repeat(array, times, axis=0), batch)
 
 
 def read_rows(path: Path | None) -> dict[tuple[str, str, str], Row]:
@@ -412,6 +419,7 @@ def main() -> int:
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--plans", default=",".join(PLANS))
     parser.add_argument("--target", default="cpu", choices=MACHINES)
+    parser.add_argument("--times", type=int, default=1, help="multiply the samples of a step")
     parser.add_argument("--json", type=Path, help="rows are added to this file")
     parser.add_argument("--texts", type=Path, help="compiled programs are written to this folder")
     parser.add_argument(
@@ -425,21 +433,30 @@ def main() -> int:
     shown: list[Row] = []
     for name in arguments.models.split(","):
         plan_names = arguments.plans.split(",")
+        row_name = name if arguments.times == 1 else f"{name} x {arguments.times}"
         if arguments.resume:
-            plan_names = [plan for plan in plan_names if (arguments.target, name, plan) not in rows]
+            done = {
+                plan
+                for target, model, plan in rows
+                if (target, model) == (arguments.target, row_name)
+            }
+            plan_names = [plan for plan in plan_names if plan not in done]
         if not plan_names:
             continue
         model, batch = (MODELS | LARGE_MODELS)[name]()
+        batch = multiplied(batch, arguments.times)
         model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
         start = time.time()
         captured = capture_model(model, batch, CaptureTarget.of(machine.target))
         print(
-            f"{name}: captured in {time.time() - start:.1f} s, "
+            f"{row_name}: captured in {time.time() - start:.1f} s, "
             f"{len(captured.graph.instructions)} instructions",
             flush=True,
         )
         for plan_name in plan_names:
-            row = compared(captured, machine, arguments.target, name, plan_name, arguments.texts)
+            row = compared(
+                captured, machine, arguments.target, row_name, plan_name, arguments.texts
+            )
             rows[row.key] = row
             write_rows(arguments.json, rows)
             if row.error:
