@@ -321,7 +321,8 @@ class _Fuser:
 
     def _is_always_fused(self, candidate: int) -> bool:
         """Whether even a reduction over major dims computes an instruction that others read."""
-        return self.rules.reads_written and self._name(candidate) in GENERATED
+        is_generated = self.rules.reads_written and self._name(candidate) in GENERATED
+        return is_generated or self._is_repeated(candidate)
 
     def _is_shared(self, candidate: int, inside: dict[int, bool]) -> bool:
         """Whether an instruction has readers outside a kernel, or in several."""
@@ -353,8 +354,10 @@ class _Fuser:
         for producer, readers in enumerate(self.readers):
             if len(readers) <= 1 or not self.fusible[producer] or not self._gathers(producer):
                 continue
-            if self.rules.duplicates and all(
-                self._is_absorbed(producer, r, single) for r in readers
+            if (
+                self.rules.duplicates
+                and not self._is_written_sum(producer)
+                and all(self._is_absorbed(producer, r, single) for r in readers)
             ):
                 continue
             single.add(producer)
@@ -375,7 +378,7 @@ class _Fuser:
                 in_reduction.add(i)
             if len(readers) <= 1 or not self.fusible[i] or instruction.name in GENERATED:
                 continue
-            if i in self.merged:
+            if i in self.merged or self._is_repeated(i):
                 continue
             is_needed = any(r in in_reduction or self._needs_memory(r) for r in readers)
             if not is_needed and any(self._compares_rows(r) for r in readers):
@@ -383,6 +386,20 @@ class _Fuser:
             if is_needed:
                 written.add(i)
         return written
+
+    def _is_repeated(self, i: int) -> bool:
+        """Whether an instruction is a difference that every reader computes itself."""
+        if not self.rules.repeats_differences or self._name(i) != "subtract":
+            return False
+        operands = self.graph.instructions[i].operands
+        return sum(not self._is_generated(tensor) for tensor in operands) == 1
+
+    def _is_written_sum(self, i: int) -> bool:
+        """Whether an instruction is a sum of the forward pass that is never duplicated."""
+        instruction = self.graph.instructions[i]
+        is_sum = instruction.name == "add" and instruction.phase == "forward"
+        dtype = self.graph.tensors[instruction.results[0]].dtype
+        return self.rules.writes_sums and is_sum and "float" in dtype
 
     def _gathered(self) -> set[int]:
         """Producers with several readers that are gathers, or computed from one that only they

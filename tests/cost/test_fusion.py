@@ -144,3 +144,51 @@ def test_a_convolution_reads_a_reversed_kernel_as_it_is_unless_it_has_groups():
 
     assert [reversals(1, False), reversals(1, True)] == [1, 0]
     assert [reversals(8, False), reversals(8, True)] == [1, 1]
+
+
+def test_differences_from_means_may_be_computed_by_every_reader():
+    def step(w, x):
+        y = jnp.tanh(x @ w) + x
+        centred = y - jnp.mean(y, axis=0)
+        normalized = centred * jax.lax.rsqrt(jnp.mean(centred**2, axis=0))
+        return jnp.tanh(normalized @ w) + y, jnp.exp(y) @ w
+
+    square = jax.ShapeDtypeStruct((64, 64), "float32")
+    graph = capture_program(step, args=(square, square)).graph
+
+    def written(repeats):
+        rules = FusionRules(
+            duplicates=True,
+            cheap_elementwise=True,
+            reads_written=True,
+            fuses_operands=True,
+            repeats_differences=repeats,
+        )
+        return fusion(graph, rules).kernels.keys()
+
+    producer = {tensor: i for i, x in enumerate(graph.instructions) for tensor in x.results}
+    centred = next(
+        i
+        for i, x in enumerate(graph.instructions)
+        if x.name == "subtract" and graph.tensors[x.results[0]].shape == (64, 64)
+    )
+    residual = producer[graph.instructions[centred].operands[0]]
+    assert written(False) & {centred, residual} == {centred, residual}
+    assert written(True) & {centred, residual} == {residual}
+
+
+def test_residual_sums_may_be_written_for_products_that_could_compute_them():
+    def step(w, x):
+        y = jnp.tanh(x @ w) + x
+        return y @ w, jnp.exp(y) @ w
+
+    square = jax.ShapeDtypeStruct((64, 64), "float32")
+    graph = capture_program(step, args=(square, square)).graph
+    (residual,) = (i for i, x in enumerate(graph.instructions) if x.name == "add")
+
+    def is_written(writes_sums):
+        rules = FusionRules(True, True, True, fuses_operands=True, writes_sums=writes_sums)
+        return residual in fusion(graph, rules).kernels
+
+    assert not is_written(False)
+    assert is_written(True)

@@ -33,6 +33,12 @@ class FusionRules:
     a softmax."""
     fuses_operands: bool = False
     """A product or a convolution computes its operands, even those that others read too."""
+    repeats_differences: bool = False
+    """A difference from a broadcast value, as from a mean, is computed by each of its readers, also
+    by reductions over columns."""
+    writes_sums: bool = False
+    """A sum of two floating-point tensors of the forward pass that several kernels read is written,
+    as a residual sum."""
     reads_reversed: bool = False
     """A convolution without groups reads a reversed kernel as it is, so no copy is written."""
     merges_products: bool = False

@@ -74,9 +74,15 @@ class XlaTpu(XlaAccelerator):
 
     @cached_property
     def fusion_rules(self) -> FusionRules:
-        """Products compute their operands, and everything elementwise is computed again."""
+        """Products compute their operands, and everything elementwise but residual sums is computed
+        again."""
         return FusionRules(
-            duplicates=True, cheap_elementwise=True, reads_written=True, fuses_operands=True
+            duplicates=True,
+            cheap_elementwise=True,
+            reads_written=True,
+            fuses_operands=True,
+            repeats_differences=True,
+            writes_sums=True,
         )
 
     @cached_property
