@@ -243,6 +243,19 @@ def _found(request: _Request, search: Search) -> PlanResult:
     return _noted(request, result)
 
 
+def find_placed(graph: OperatorGraph, machine: Machine) -> PlanResult:
+    """The result of `find` with placed operators in the space, without stages and microbatches.
+
+    This is FlexFlow's space. MemoryBudgetError if no plan fits.
+    """
+    request = _Request(graph, machine, None, 1.0, 0, _Clock(None), stages=False)
+    result = _runnable(request, _baselines(request), SEARCHES["portfolio"], 1.0)
+    if not result.fits:
+        raise _memory_error(request, result)
+    result = replace(result, placed_bound_seconds=_placed_bound(request, result))
+    return _noted(request, _with_placement(request, result, result))
+
+
 # ---------------------------------------------------------------- the request
 
 
@@ -634,13 +647,18 @@ def _one_device_reason(
 
 def _with_larger_space(request: _Request, result: PlanResult) -> PlanResult:
     """The result with stages and placement in the space."""
-    terms, machine = result.network.terms, request.machine
-    bound = min(result.bound_seconds, lower_bound_seconds(terms, machine, machine.devices))
     one_program = result
-    result = replace(result, placed_bound_seconds=bound)
+    result = replace(result, placed_bound_seconds=_placed_bound(request, result))
     result = _with_stages(request, result)
     result = _with_placement(request, result, one_program)
     return replace(result, staged_bound_seconds=_staged_bound(request, result))
+
+
+def _placed_bound(request: _Request, result: PlanResult) -> float:
+    """Lower bound of plans with placed operators too: the kernels alone, evenly divided."""
+    machine = request.machine
+    kernels = lower_bound_seconds(result.network.terms, machine, machine.devices)
+    return min(result.bound_seconds, kernels)
 
 
 def _staged_bound(request: _Request, result: PlanResult) -> float | None:

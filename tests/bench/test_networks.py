@@ -3,6 +3,7 @@ what is found for them.
 """
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import typer.testing
@@ -110,6 +111,18 @@ def test_what_is_published_is_never_better_than_what_is_found(network: str, batc
     for name, figures in plans.items():
         assert plans["found"].additive_seconds <= figures.additive_seconds * (1 + 1e-9), name
         assert plans["found"].seconds <= figures.seconds * (1 + MIN_GAIN), name
+
+
+def test_operators_of_the_papers_networks_may_be_placed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def none_faster(graph: OperatorGraph, *arguments: object, **options: object) -> Iterator[None]:
+        asked.append(graph.name)
+        return iter(())
+
+    monkeypatch.setattr("partita.search.find.placements", none_faster)
+    run(cases("lenet", "p100-cluster", 4)[0])
+    assert asked == ["lenet"]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from partita.plans.plan import Plan
 from partita.search import placement
 from partita.search.bound import lower_bound_seconds
 from partita.search.branches import branches
-from partita.search.find import find, mesh_of
+from partita.search.find import find, find_placed, mesh_of
 from partita.search.optional import BestStep
 from partita.search.placement import at, placements
 from partita.search.portfolio import MIN_GAIN, Limits
@@ -110,6 +110,17 @@ def test_branches_of_a_block_are_placed_and_faster_than_anything_split(
     assert found.staged_bound_seconds is not None
     assert found.staged_bound_seconds <= found.prediction.seconds
     assert "programs of their own" in found.plan.notes[-1]
+
+
+def test_branches_are_placed_without_stages_in_the_space(block: OperatorGraph) -> None:
+    where = slow_to_start(load("h100:4"))
+    plain, found = find(block, where), find_placed(block, where)
+    assert found.prediction.seconds < plain.prediction.seconds * (1 - MIN_GAIN)
+    assert stage_axes(found.plan) and found.plan.microbatches == 1
+    assert found.placed_bound_seconds is not None and found.staged_bound_seconds is None
+    assert found.gap == pytest.approx(found.prediction.seconds / found.placed_bound_seconds - 1)
+    alone = load("h100:1")
+    assert find_placed(GRAPHS["mlp"], alone).plan == find(GRAPHS["mlp"], alone).plan
 
 
 def test_a_step_shorter_than_the_start_of_its_programs_is_not_placed(
