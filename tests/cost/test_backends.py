@@ -288,7 +288,7 @@ def transposed_convolution():
 
         return kernel - jax.grad(loss)(kernel)
 
-    return capture_program(step, args=(kernel_shape, image)).graph
+    return capture_program(step, args=(kernel_shape, image), target="cuda").graph
 
 
 def filled_flops(graph):
