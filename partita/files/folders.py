@@ -2,12 +2,11 @@
 
 The lock is the operating system's (`lockf` of a hidden file). It ends with the process, also after
 `kill -9`, and a child of the process does not inherit it. Within one process a folder may be locked
-again. File systems without locks are taken as never in use.
+again. On file systems without locks, and on Windows, no folder counts as in use.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -16,6 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 LOCK = ".partita-lock"
 TEMPORARY = ".partita-temporary"
@@ -32,6 +36,8 @@ class FolderInUseError(Exception):
 
 def lock(folder: Path, name: str = LOCK) -> BinaryIO | None:
     """A file that holds the lock of a folder until it is closed; None where there are no locks."""
+    if fcntl is None:
+        return None
     try:
         file = (folder / name).open("wb")
     except OSError:
@@ -68,6 +74,8 @@ def temporary_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
 
 def _remove_abandoned(place: Path, prefix: str) -> None:
     """Removes this user's temporary folders with a prefix that nobody has locked."""
+    if fcntl is None:
+        return
     names = [name for name in os.listdir(place) if name.startswith(prefix)]
     for folder in {place / name for name in names} - _own:
         with suppress(OSError, FolderInUseError):

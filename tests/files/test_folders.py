@@ -1,5 +1,6 @@
 """Folders in use are told from those whose processes were killed."""
 
+import importlib.util
 import subprocess
 import sys
 import time
@@ -44,3 +45,17 @@ def test_a_folder_is_removed_after_its_process_was_killed_and_not_before(
     with temporary_folder("board-", tmp_path) as own:
         assert own.exists() and not folder.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["board-of-the-user"]
+
+
+def test_folders_are_not_locked_on_systems_without_such_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    spec = importlib.util.spec_from_file_location("folders_without_locks", str(folders.__file__))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.lock(tmp_path) is None
+    with module.temporary_folder("board-", tmp_path), module.temporary_folder("b", tmp_path):
+        assert len(list(tmp_path.iterdir())) == 2
+    assert list(tmp_path.iterdir()) == []
