@@ -10,6 +10,7 @@ file, a Machine); `devices` takes that many devices of it.
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -286,7 +287,7 @@ def manage(
             f"'{training.name}' does not survive a lost process: start the script with 'partita "
             "run --processes N --manage'."
         )
-    file = None if log is None else Path(log)
+    file = None if log is None else Path(os.path.expanduser(log))
     options = ManageOptions(survive=survive, shares=shares, ready=ready, log=file)
     if session is not None and say is None:
         training.runner.manager = session.manage(options)

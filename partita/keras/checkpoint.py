@@ -65,7 +65,7 @@ class Checkpoint(keras.callbacks.Callback):
     nothing is gathered. Needs orbax-checkpoint (pip install "partita[checkpoint]").
 
     Args:
-        folder: A folder for the checkpoints.
+        folder: A folder for the checkpoints; "~" is your home folder.
         keep: Number of checkpoints to keep.
         every: Epochs from one save to the next; the last epoch is saved too.
     """
@@ -90,7 +90,7 @@ class Checkpoint(keras.callbacks.Callback):
             raise PartitaError(
                 'Checkpoints need Orbax. Install it with: pip install "partita[checkpoint]"'
             ) from None
-        self.folder = Path(folder).absolute()
+        self.folder = Path(os.path.expanduser(folder)).absolute()
         self._ocp = ocp
         self._keep = keep
         self._follow_generation()

@@ -114,3 +114,8 @@ def test_a_checkpoint_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
         PartitaError, match=r"The checkpoint of epoch 1 .* cannot be read: .*Delete"
     ):
         fit(tmp_path, 2)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert partita.Checkpoint("~/run").folder == tmp_path / "run"
