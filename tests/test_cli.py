@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -410,3 +411,23 @@ def test_a_managed_process_says_why_it_gives_up(
         with pytest.raises(typer.Exit), errors():
             raise LostProcessError("lost for good")
         assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("variable", "sentence"),
+    [
+        ("JAX_PLATFORMS=nope", "JAX cannot start with JAX_PLATFORMS=nope: "),
+        ("JAX_NUM_CPU_DEVICES=x", 'JAX cannot be imported: Invalid value "x"'),
+    ],
+)
+def test_an_environment_without_jax_is_one_sentence(
+    variable: str, sentence: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import jax; jax.devices()")
+    command = [sys.executable, "-m", "partita", "run", "--devices", "2", str(script)]
+    name, value = variable.split("=")
+    environment = {**os.environ, name: value}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith(f"error: {sentence}"), done.stderr

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -82,6 +83,12 @@ def errors() -> Iterator[None]:
     except KeyboardInterrupt:
         err.print("stopped.")
         raise typer.Exit(130) from None
+    except (RuntimeError, AssertionError, ValueError) as error:
+        sentence = _failed_import_of_jax(error) or _absent_platform()
+        if not sentence:
+            raise
+        _print_error(PartitaError(sentence))
+        leave(2)
     except BrokenPipeError:
         # `main` discards the rest of the output.
         raise typer.Exit(0) from None
@@ -93,6 +100,23 @@ def _launcher_names_lost() -> bool:
     members = sys.modules.get("partita.execute.members")
     is_managed = members is not None and members.board() is not None
     return bool(os.environ.get("PARTITA_LAUNCHED")) and not is_managed
+
+
+def _failed_import_of_jax(error: Exception) -> str:
+    """The sentence on a variable of the environment that JAX refuses when it is imported; ""
+    for other errors."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    is_of_flags = frames[-1].f_globals.get("__name__") == "jax._src.config"
+    if not is_of_flags or "jax" in sys.modules:
+        return ""
+    reason = str(error).rstrip(".")
+    return f"JAX cannot be imported: {reason}. Correct or unset this variable of the environment."
+
+
+def _absent_platform() -> str:
+    """The sentence on platforms that JAX was told to use and cannot; "" without such."""
+    devices = sys.modules.get("partita.execute.devices")
+    return devices.absent_platform_sentence() if devices is not None else ""
 
 
 def _print_error(error: PartitaError) -> None:

@@ -198,6 +198,24 @@ def _platforms() -> str | None:
     return getattr(jax.config, "jax_platforms", None)
 
 
+def absent_platform_sentence() -> str:
+    """A sentence if JAX cannot start on the platforms that it was told to use; "" if it can, or was
+    told none. It starts JAX.
+    """
+    platforms = _platforms()
+    if not platforms:
+        return ""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # an AssertionError for "cuda" without a GPU
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0] or "there is no such device here"
+        return (
+            f"JAX cannot start with JAX_PLATFORMS={platforms}: {reason.rstrip('.')}. "
+            "Unset JAX_PLATFORMS, or set JAX_PLATFORMS=cpu."
+        )
+    return ""
+
+
 def computes_on_cpu(
     files: Callable[[str], list[str]] = glob.glob,
     is_installed: Callable[[str], bool] = lambda package: find_spec(package) is not None,

@@ -136,11 +136,21 @@ def run_script(
     except PartitaError:
         raise
     except BaseException as error:  # any error of the script is shown as Python shows it
+        _check_platform()
         _show(error)
         if _is_of_tensorflow(error):
             report(TENSORFLOW_OPERATIONS)
         return 1
     return 0
+
+
+def _check_platform() -> None:
+    """PartitaError if JAX cannot start on the platforms that it was told to use."""
+    from partita.execute.devices import absent_platform_sentence
+
+    sentence = absent_platform_sentence()
+    if sentence:
+        raise PartitaError(sentence) from None
 
 
 def _is_ending_well() -> bool:
@@ -223,6 +233,7 @@ def plan_script(script: Script, target: str = "") -> Captured:
         raise
     except BaseException as error:  # any error of the script is shown as Python shows it
         if not steps:
+            _check_platform()
             _show(error)
             end = f"raised {type(error).__name__}"
     if steps:
