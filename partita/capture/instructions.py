@@ -138,6 +138,8 @@ def rule_of(
             return _select_and_scatter_rule(operation, operands, rule)
         if name == "scatter":
             return _scatter_rule(operation, operands, rule)
+        if name == "reduce" and not _has_all_reduce(operation):
+            return dataclasses.replace(rule, reduction=(), gathered=rule.gathered + rule.reduction)
         return rule
     if operation.name == "stablehlo.custom_call":
         return call_rule(operation, operands, results)
@@ -156,6 +158,21 @@ def rule_of(
         tuple(mapping if tensor.shape else () for tensor in operands),
         tuple(mapping if tensor.shape else () for tensor in results),
     )
+
+
+def _has_all_reduce(operation: Any) -> bool:
+    """Whether XLA can combine the results of a reduction over devices.
+
+    It has no all-reduce of bits of integers, nor of a computation of the user's own
+    (`lax.reduce(x, -jnp.inf, jnp.logaddexp, (0,))`), unless there are several results.
+    """
+    if len(operation.results) > 1:
+        return True
+    names = [op.operation.name.removeprefix("stablehlo.") for op in operation.regions[0].blocks[0]]
+    combined = {"add", "multiply", "maximum", "minimum"}
+    if str(operation.results[0].type.element_type) == "i1":
+        combined |= {"and", "or"}
+    return len(names) == 2 and names[0] in combined
 
 
 def _identity(rank: int) -> DimFactors:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import partita
 from partita.capture.jax_functions import Leaf, capture_step
+from partita.capture.program import capture_program
 from partita.cost.collectives import collectives
 from partita.errors import MemoryBudgetError
 from partita.execute.program import planned_step
@@ -177,3 +179,23 @@ def test_an_unknown_operator_is_not_split_and_a_variable_that_does_not_divide_is
     assert fitted.storage == {}
     assert fitted.notes[-1] == "storage not split: 'w', 'gone'"
     assert Traffic("all_reduce", 1, 1).layers == ()
+
+
+def test_reductions_that_devices_cannot_combine_are_computed_whole():
+    """XLA has no all-reduce of integers' bits nor of a computation of the user's own."""
+
+    def step(weights, rows, words):
+        smooth_maximum = jax.lax.reduce(rows @ weights, -jnp.inf, jnp.logaddexp, (0,))
+        parity = jax.lax.reduce(words, np.uint32(0), jax.lax.bitwise_xor, (0,))
+        return weights - smooth_maximum.mean(), parity
+
+    values = np.random.default_rng(0)
+    rows = values.normal(size=(16, 8)).astype("float32")
+    words = values.integers(0, 2**32, (16, 3), "uint32")
+    arguments = (np.ones((8, 6), "float32"), rows, words)
+    graph = capture_program(step, args=arguments).graph
+    plan = BASELINES["data parallel"](graph, "host", mesh_for((4,)))
+    split = partita.parallelize(step, arguments, plan=plan)(*arguments)
+    whole = jax.jit(step)(*arguments)
+    np.testing.assert_allclose(split[0], whole[0], rtol=1e-5)
+    np.testing.assert_array_equal(split[1], whole[1])
