@@ -195,6 +195,29 @@ def test_from_pyg_reads_data_with_edge_index() -> None:
     assert equal(Graph.from_pyg(data), PLAIN)
 
 
+class SparseTensor(Tensor):
+    """A sparse one in bfloat16, of which NumPy takes neither."""
+
+    layout = "torch.sparse_coo"
+    dtype = "torch.bfloat16"
+
+    def to_dense(self) -> SparseTensor:
+        self.layout = "torch.strided"
+        return self
+
+    def float(self) -> Tensor:
+        assert self.layout == "torch.strided"
+        return Tensor(self.values)
+
+    def numpy(self) -> np.ndarray:
+        raise TypeError
+
+
+def test_sparse_and_bfloat16_tensors_are_arrays() -> None:
+    graph = Graph.from_edges(SOURCE, TARGET, 4, features=SparseTensor(X), labels=Y, train=TRAIN)
+    assert equal(graph, PLAIN)
+
+
 def test_from_pyg_makes_edge_types_edge_features() -> None:
     data = SimpleNamespace(edge_index=Tensor([SOURCE, TARGET]), edge_type=Tensor([0, 2, 0, 1]))
     relations = {"a": ([0, 2], [1, 0]), "b": ([2], [1]), "c": ([1], [2])}

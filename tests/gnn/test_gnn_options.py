@@ -318,6 +318,11 @@ def test_bad_options_are_refused(make: Any, sentence: str) -> None:
             | {f"norms.0.module.{name}" for name in ("weight", "bias", "running_mean")}
             | {"norms.0.module.running_var", "norms.0.module.num_batches_tracked"},
         ),
+        (
+            lambda: gnn.GCN(4, 3, norm="layer"),
+            {"convs.0.lin.weight", "convs.0.bias", "convs.1.lin.weight", "convs.1.bias"}
+            | {"norms.0.weight", "norms.0.bias"},
+        ),
     ],
 )
 def test_names_of_pyg(make: Any, names: set[str]) -> None:

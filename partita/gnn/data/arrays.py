@@ -52,11 +52,17 @@ class VertexTables(TypedDict, total=False):
 
 
 def as_array(values: Any) -> Any:
-    """NumPy array of a list, an array or a PyTorch tensor on any device; None stays None."""
+    """NumPy array of a list, an array or a PyTorch tensor on any device, also a sparse one; None
+    stays None."""
     if values is None or isinstance(values, np.ndarray):
         return values
     if hasattr(values, "detach"):
-        values = values.detach().cpu().numpy()
+        values = values.detach().cpu()
+        if str(getattr(values, "layout", "")).startswith("torch.sparse"):
+            values = values.to_dense()
+        if str(getattr(values, "dtype", "")) == "torch.bfloat16":  # NumPy has no such type
+            values = values.float()
+        values = values.numpy()
     return np.asarray(values)
 
 

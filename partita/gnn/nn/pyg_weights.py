@@ -241,7 +241,9 @@ def _network_entries(layers: Sequence[Any]) -> dict[str, StateEntry]:
 def _model_entries(model: GraphModel) -> dict[str, StateEntry]:
     """The layers of a model: `convs`, `norms`, and `lin` after jumping knowledge."""
     parts = [(f"convs.{i}", conv) for i, conv in enumerate(model.convs)]
-    parts += [(f"norms.{i}.module", norm) for i, norm in enumerate(model.norms)]
+    for index, norm in enumerate(model.norms):
+        inner = ".module" if isinstance(norm, VertexBatchNormalization) else ""
+        parts.append((f"norms.{index}{inner}", norm))
     if model.leave is not None:
         parts.append(("lin", model.leave))
     if not model.convs:
