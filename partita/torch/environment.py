@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
     import torch.nn.modules.batchnorm as torch_norms
     import torch.utils._pytree as torch_tree
+    import torch.utils.hooks as torch_hooks
     import torchax.tensor as torchax
     from torch.nn.modules import module as torch_modules
     from torchax.tensor import Environment, Tensor
@@ -40,6 +41,7 @@ else:
     torch_modules = Package("torch.nn.modules.module")
     torch_norms = Package("torch.nn.modules.batchnorm")
     torch_tree = Package("torch.utils._pytree")
+    torch_hooks = Package("torch.utils.hooks")
     torchax = Package("torchax.tensor")
 
 
@@ -73,6 +75,8 @@ def environment() -> Environment:
             return super()._to_copy(the_tensor, new_dtype, device)
 
         def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+            if func == torch.Tensor.requires_grad.__get__ and _is_traced(args[0]):
+                return _requires_gradient(args[0])
             name = _name_of(func)
             args, kwargs = _on_jax(name, args, kwargs or {})
             leaves = torch_tree.tree_leaves((args, kwargs))
@@ -87,7 +91,11 @@ def environment() -> Environment:
                 _check_written(name, target, before[0])
             _mark_views(name, args, result)
             if not torch.is_grad_enabled():
-                result = _without_gradients(result, tensors, before)
+                return _without_gradients(result, tensors, before)
+            if name == "requires_grad_":
+                require_gradients(target, *args[1:], **kwargs)
+            elif any(map(_requires_gradient, leaves)) and not _is_new(name):
+                torch_tree.tree_map_only(torch.Tensor, require_gradients, result)
             return result
 
     functional = torch.nn.functional
@@ -203,6 +211,24 @@ def _check_written(name: str, target: Tensor, before: jax.Array) -> None:
 # ------------------------------------------------------------------------------------- gradients
 
 
+def _requires_gradient(value: Any) -> bool:
+    """What `value.requires_grad` is in PyTorch."""
+    if isinstance(value, torchax.View):
+        return _requires_gradient(value.parent)
+    return getattr(value, "_requires_gradient", False)
+
+
+def require_gradients(value: Any, requires_grad: bool = True) -> None:
+    """Sets what `value.requires_grad` is; a view follows its tensor, and integers have none."""
+    if isinstance(value, torchax.Tensor) and value.dtype.is_floating_point:
+        value._requires_gradient = requires_grad
+
+
+def _is_new(name: str) -> bool:
+    """Whether a result of the operation requires no gradient, whatever its arguments do."""
+    return name.startswith(("detach", "new_")) or name.endswith("_like")
+
+
 def _without_gradients(result: Any, tensors: Sequence[Tensor], before: Sequence[jax.Array]) -> Any:
     """The result of an operation without its gradient; arguments that were changed in place keep
     the gradient that they had `before`."""
@@ -276,6 +302,9 @@ def _ignored_features(module: torch.nn.Module) -> Iterator[None]:
     for name, child in module.named_modules():
         if child._backward_hooks or child._backward_pre_hooks:
             warnings.warn(HOOK_IGNORED.format(f"The backward hook of '{name}'"), stacklevel=2)
+    for name, parameter in module.named_parameters():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            warnings.warn(HOOK_IGNORED.format(f"The hook of '{name}'"), stacklevel=2)
     enter = torch.autocast.__enter__
     register = torch.Tensor.register_hook
 
@@ -453,6 +482,12 @@ def _loss_of_classes(
     **kwargs: Any,
 ) -> Tensor:
     """A loss of classes; not a number if one is out of range, where PyTorch raises."""
+    places = (*input.shape[: input.dim() > 1], *input.shape[2:])
+    if not target.is_floating_point() and target.shape != places:
+        raise ValueError(
+            f"outputs of {list(input.shape)} need classes of {list(places)}, and the targets are "
+            f"of {list(target.shape)}"
+        )
     loss = function(input, target, weight, size_average, ignore_index, *args, **kwargs)
     if target.is_floating_point():
         return loss
@@ -639,6 +674,9 @@ def _refused_extensions() -> Iterator[None]:
             "formula."
         )
 
+    def ignore(hook: Any, values: Any) -> Any:
+        return values
+
     def read_data(tensor: Any) -> Any:
         raise CaptureError(
             "tensor.data inside a forward pass has no counterpart in JAX. Write tensor.detach()."
@@ -669,6 +707,7 @@ def _refused_extensions() -> Iterator[None]:
         (torch.autograd, "grad", differentiate),
         *((torch.autograd.functional, name, differentiate) for name in _DERIVATIVES),
         (torch.autograd.Function, "apply", classmethod(apply)),
+        *((torch_hooks.BackwardHook, f"setup_{side}_hook", ignore) for side in ("input", "output")),
         (torchax.Tensor, "data", property(read_data)),
     )
     originals = [vars(owner).get(name) for owner, name, _ in replaced]

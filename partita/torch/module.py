@@ -24,7 +24,7 @@ import numpy as np
 from partita.capture.names import MODULE_SCOPE
 from partita.errors import CaptureError, PartitaError
 from partita.files.reading import short_reason
-from partita.torch.environment import tracing, unwrapped, wrapped
+from partita.torch.environment import require_gradients, tracing, unwrapped, wrapped
 from partita.torch.extra import Package
 
 if TYPE_CHECKING:
@@ -201,7 +201,10 @@ class Settings:
 
 
 class Versions:
-    """Versions of a module's parameters, which tell whether any was written to or replaced."""
+    """Versions of a module's parameters, which tell whether any was written to or replaced.
+
+    A submodule that is replaced replaces its parameters.
+    """
 
     def __init__(self, module: torch.nn.Module) -> None:
         # tensors made in inference mode have no version
@@ -211,11 +214,17 @@ class Versions:
             for name, tensor in child._parameters.items()
             if tensor is not None and not tensor.is_inference()
         ]
+        self._children = [
+            (child._modules, name) for child in module.modules() for name in child._modules
+        ]
         self._seen = self._now()
 
     def _now(self) -> list[Any]:
         tensors = [parameters.get(name) for parameters, name in self._places]
-        return [None if x is None else (id(x), x._version, x.requires_grad) for x in tensors]
+        children: list[Any] = [id(modules.get(name)) for modules, name in self._children]
+        return children + [
+            None if x is None else (id(x), x._version, x.requires_grad) for x in tensors
+        ]
 
     def changed(self) -> bool:
         """Whether a parameter changed since the last call."""
@@ -267,6 +276,8 @@ class ModuleNetwork:
     def _call(self, trained: Arrays, fixed: Arrays, inputs: Any) -> tuple[Any, Arrays]:
         """(outputs, the arrays after the call)."""
         tensors = wrapped({**trained, **fixed})
+        for name in trained:
+            require_gradients(tensors[name])
         every = {name: tensors[self.names.first[name]] for name in _places(self.module)}
         args: tuple[Any, ...] = ()
         kwargs: dict[str, Any] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from partita.errors import CaptureError
+from partita.torch.environment import HOOK_IGNORED
 from partita.torch.extra import Package
 
 if TYPE_CHECKING:
@@ -55,6 +57,10 @@ class Optimizer:
                 "A setting of the optimizer other than its learning rate changed after the step "
                 "was made. Use a scheduler that changes the learning rate alone."
             )
+        for group in self.source.param_groups:
+            rate = group["lr"]
+            if not isinstance(rate, (numbers.Real, torch.Tensor)) or not math.isfinite(rate):
+                raise CaptureError(f"The learning rate is {rate!r}: give a finite number.")
         # PyTorch's schedulers warn unless their optimizer has been called.
         self.source._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
         return tuple(np.float32(float(group["lr"])) for group in self.source.param_groups)
@@ -119,6 +125,8 @@ def _from_torch(
             "The optimizer has taken steps already, and its moments cannot be carried over. Give "
             "a new one."
         )
+    if given._optimizer_step_pre_hooks or given._optimizer_step_post_hooks:
+        warnings.warn(HOOK_IGNORED.format("A hook of the optimizer"), stacklevel=3)
     tensors = dict(module.named_parameters())
     name_of = {id(tensors[name]): name for name in trained}
     group_of: dict[str, int] = {}

@@ -103,6 +103,8 @@ class TrainingStep:
         with explained(self.network.module):
             (loss, buffers), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         if not reached:
+            if any(0 in leaf.shape for leaf in jax.tree.leaves(batch) if hasattr(leaf, "shape")):
+                raise CaptureError("The batch is empty: give at least one sample.")
             raise CaptureError(
                 f"The loss of '{self.name}' depends on no parameter that requires a gradient: "
                 "remove detach() and torch.no_grad() from its computation."

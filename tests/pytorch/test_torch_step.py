@@ -497,6 +497,8 @@ def test_a_loss_and_a_norm_that_are_none_are_refused_in_a_sentence() -> None:
         ((["a"], torch.zeros(1)), "The batch contains a str: give tensors"),
         ((np.array(["a"]), torch.zeros(1)), "The batch contains an array of <U1: give tensors"),
         ((torch.zeros(2, 2).to_sparse(), torch.zeros(1)), "A tensor is sparse"),
+        ((torch.zeros(0, 12), torch.zeros(0, dtype=torch.long)), "The batch is empty"),
+        ((torch.ones(3, 12), torch.ones(3, 1, dtype=torch.long)), r"need classes of \[3\]"),
     ],
 )
 def test_a_batch_of_other_things_than_numbers_is_refused(batch: Any, sentence: str) -> None:
@@ -586,6 +588,42 @@ def test_weights_that_change_after_the_step_is_made_are_named() -> None:
         step(batch)
 
 
+def test_a_submodule_that_is_replaced_after_the_step_is_made_is_named() -> None:
+    module = perceptron()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    module[3] = nn.Linear(24, CLASSES)
+    with pytest.warns(UserWarning, match=r"Call step\.load_state_dict"):
+        step(batches(1)[0])
+
+
+@pytest.mark.parametrize("rate", ["a", float("nan"), None])
+def test_a_learning_rate_that_is_none_is_refused(rate: Any) -> None:
+    module = perceptron()
+    optimizer = sgd(module)
+    step = partita.torch.training_step(module, functional.cross_entropy, optimizer)
+    optimizer.param_groups[0]["lr"] = rate
+    with pytest.raises(partita.PartitaError, match="give a finite number"):
+        step(batches(1)[0])
+
+
+class Flagged(Branches):
+    """Reads which values require a gradient, and computes by it."""
+
+    def forward(self, x: Any) -> Any:
+        y = self.dense(x)
+        with torch.no_grad():
+            z = y * 1.0
+        flags = [t.requires_grad for t in (x, y, self.dense.weight, y.view(-1), y + x[:, :1])]
+        flags += [t.requires_grad for t in (y.detach(), z, y.argmax(), torch.ones_like(y))]
+        return y * (1.0 + sum(flag * 2**place for place, flag in enumerate(flags)) / 64)
+
+
+def test_values_that_require_a_gradient_are_those_of_torch() -> None:
+    module = Flagged()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    assert_trains_as_torch(step, module, batches())
+
+
 def test_a_state_of_another_module_is_refused_in_a_sentence() -> None:
     module = perceptron()
     step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
@@ -632,6 +670,7 @@ def test_autocast_and_hooks_that_have_no_effect_are_named() -> None:
             super().__init__()
             self.layer = torch.nn.Linear(4, 4)
             self.layer.register_full_backward_hook(lambda *arguments: None)
+            self.layer.weight.register_hook(lambda gradient: gradient * 0)
 
         def forward(self, x):
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -639,11 +678,14 @@ def test_autocast_and_hooks_that_have_no_effect_are_named() -> None:
 
     module = Hooked()
     optimizer = torch.optim.SGD(module.parameters(), 0.1)
-    step = partita.torch.training_step(module, torch.nn.MSELoss(), optimizer)
+    optimizer.register_step_post_hook(lambda *arguments: None)
     with pytest.warns(UserWarning) as warned:
+        step = partita.torch.training_step(module, torch.nn.MSELoss(), optimizer)
         step((torch.ones(8, 4), torch.ones(8, 4)))
     told = {str(warning.message)[:40] for warning in warned}
     assert {
         "torch.autocast has no effect on the step",
         "The backward hook of 'layer' is not call",
+        "The hook of 'layer.weight' is not called",
+        "A hook of the optimizer is not called: J",
     } <= told
