@@ -9,10 +9,11 @@ in the functions that use the local devices.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,13 @@ class SearchOptions:
     report_timing: TimingReport | None = None
     """Called with the progress of timing operators."""
 
+    def __post_init__(self) -> None:
+        seconds = self.seconds
+        if seconds is not None and not (isinstance(seconds, Real) and seconds >= 0):
+            raise PlanError(
+                f"seconds={seconds!r} is no time limit: give a number of at least 0, or None."
+            )
+
 
 DEFAULTS = SearchOptions()
 
@@ -83,6 +91,8 @@ def resolve_machine(machine: str | Machine | None, devices: int | None = None) -
     """The machine of a name or file, the local devices for None; with `devices`, that many
     devices of it."""
     _check_devices(devices)
+    # A small integer of NumPy would overflow in products with bytes.
+    devices = int(devices) if devices is not None else None
     if machine is None:
         from partita.execute.devices import detect
 
@@ -362,6 +372,11 @@ def given_plan(plan: Plan | str | Path) -> Plan | str | None:
     """
     if isinstance(plan, Plan):
         return plan
+    if not isinstance(plan, (str, Path)):
+        raise PlanError(
+            f"plan is of type '{type(plan).__name__}', which is no plan: give a Plan, the path of "
+            "its file, or a name such as 'dp'."
+        )
     text = str(plan)
     name = SHORT_NAMES.get(text.lower(), text)
     if name == "found":
@@ -369,7 +384,7 @@ def given_plan(plan: Plan | str | Path) -> Plan | str | None:
     by_key = {_key(baseline): baseline for baseline in BASELINES}
     if _key(name) in by_key:
         return by_key[_key(name)]
-    if not Path(name).exists():
+    if not os.path.exists(name):  # False too for a text that is too long for a path
         names = sorted({*SHORT_NAMES, *(by_key.keys() - SHORT_NAMES.keys())})
         raise PlanError(
             f"There is no plan file and no plan named {text!r}. Give a file that 'partita plan "

@@ -14,7 +14,7 @@ from keras import layers
 import partita
 from partita.capture.functions import call_of, capture_call
 from partita.capture.program import capture_program
-from partita.errors import CaptureError, MemoryBudgetError, PlanError
+from partita.errors import CaptureError, MemoryBudgetError, PartitaError, PlanError
 from partita.machine import host
 from partita.planning import check_plan, make_planner, resolve_plan
 
@@ -154,6 +154,19 @@ def test_a_batch_that_looks_like_an_output_is_no_state() -> None:
     call = call_of(step, args, {})
     assert capture_call(step, call).roles.state == (0, 1)
     assert capture_call(step, call).captured.graph.batch_size == 8
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad])
+def test_a_parallel_step_inside_a_transformation_is_refused(transform: Any) -> None:
+    def step(weights: Any, x: Any) -> Any:
+        return weights - 0.1 * jax.grad(lambda w: jnp.mean((x @ w) ** 2))(weights)
+
+    weights, x = jnp.ones((4, 4)), jnp.ones((8, 4))
+    plan = resolve_plan("dp", capture_program(step, args=(weights, x)).graph, host(2, 1 << 30))
+    split = partita.parallelize(step, (weights, x), plan=plan, say=print)
+    with pytest.raises(PartitaError, match="'step' is called inside jax.jit, grad, vmap or scan"):
+        transform(lambda w: jnp.sum(split(w, x)))(weights)
+    assert split(weights, x).shape == (4, 4)
 
 
 def test_an_option_that_a_verb_lacks_is_a_type_error_with_the_nearest_one() -> None:

@@ -53,6 +53,10 @@ def test_an_option_that_there_is_not_is_not_taken_for_the_script(command: str, s
         ("bench fidelity --plans x", "--plans is x: give a whole number."),
         ("manage simulate --steps 1.5", "--steps is 1.5: give a whole number."),
         ("plan --seconds soon train.py", "--seconds is soon: give a number."),
+        (
+            "plan train.py --machine ,",
+            "--machine is ',', which names no machine: write for example --machine h100:8,h100:64.",
+        ),
         ("gnn train --dropout 2", "--dropout is 2: give a number of at most 0.99."),
     ],
 )

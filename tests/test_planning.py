@@ -5,14 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from partita import planning
 from partita.capture.functions import call_of, capture_call
 from partita.capture.jax_functions import Captured
-from partita.errors import MachineError
+from partita.errors import MachineError, PlanError
 from partita.machine import host
 from partita.planning import (
+    SearchOptions,
+    given_plan,
     make_planner,
     resolve_machine,
     resolve_plan,
@@ -47,6 +50,23 @@ def test_a_number_of_devices_that_is_none_is_refused(devices: Any) -> None:
         resolve_machine("h100:8", devices)
     with pytest.raises(MachineError, match="is no number of devices"):
         make_planner(devices=devices)
+
+
+def test_a_number_of_devices_may_be_a_small_integer() -> None:
+    count: Any = np.int32(1)
+    assert resolve_machine(None, count).device.memories[0].capacity > 2**31
+
+
+@pytest.mark.parametrize("seconds", [-1, "x", float("nan")])
+def test_a_time_limit_is_a_number(seconds: Any) -> None:
+    with pytest.raises(PlanError, match=f"seconds={seconds!r} is no time limit: give"):
+        SearchOptions(seconds=seconds)
+
+
+@pytest.mark.parametrize("plan", [5, {"mesh": [2]}, ["dp"], "x" * 5000])
+def test_a_plan_that_is_none_is_refused(plan: Any) -> None:
+    with pytest.raises(PlanError, match="is no plan: give a Plan|There is no plan file"):
+        given_plan(plan)
 
 
 def test_microbatches_are_searched_only_where_no_other_plan_fits() -> None:

@@ -186,6 +186,11 @@ def _plan_for_machines(
     prices = parse_prices(pricing.price)
     names = [name.strip() for name in target.machine.split(",")]
     machines = [load(name) for name in names if name]
+    if not machines:
+        raise PlanError(
+            f"--machine is {target.machine!r}, which names no machine: write for example "
+            "--machine h100:8,h100:64."
+        )
     activity = Activity(not as_json)
     captured, _ = capture_script(context, script, Target(machine=machines[0].name), activity)
     options = SearchOptions(

@@ -17,11 +17,12 @@ from statistics import median
 from typing import Any
 
 import jax
+import jax.core
 
 from partita.capture.functions import Call, CapturedCall, call_of, capture_call
 from partita.capture.jax_functions import Captured
 from partita.capture.targets import CaptureTarget
-from partita.errors import CaptureError, MemoryBudgetError
+from partita.errors import CaptureError, MemoryBudgetError, PartitaError
 from partita.execute import members
 from partita.execute.devices import return_freed_memory
 from partita.execute.process_arrays import digest
@@ -243,11 +244,25 @@ class ParallelStep:
         if step.planned is None:
             outputs, state = settled(step.program(state, batch))
         else:
-            outputs, state = self.runner.attempt(
-                state, lambda state: self.runner.run(call.key, state, batch)
-            )
+            try:
+                outputs, state = self.runner.attempt(
+                    state, lambda state: self.runner.run(call.key, state, batch)
+                )
+            except TypeError:
+                self._check_values(args, kwargs)
+                raise
         step.call.update_in_place(call, args, kwargs, state)
         return step.call.result(outputs, state)
+
+    def _check_values(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """PartitaError inside a transformation of JAX: a compiled step cannot be traced."""
+        leaves = jax.tree.leaves((args, kwargs))
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            raise PartitaError(
+                f"The parallel step '{self.name}' is called inside jax.jit, grad, vmap or scan, "
+                "and it is compiled already. Transform the function first, and give the result to "
+                "partita.parallelize."
+            )
 
     def prepare(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> Plan:
         """The plan for calls like this one, after compilation and check.
