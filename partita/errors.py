@@ -7,6 +7,9 @@ A message states the problem, then the fix. Our own mistakes are assertions inst
 class PartitaError(Exception):
     """Base of all exceptions that Partita raises for mistakes of the user."""
 
+    _keras_call_info_injected = True
+    """Keras adds the call of its layer to other errors, in paragraphs and colours."""
+
 
 class MachineError(PartitaError):
     """A machine that is unknown, wrongly described, or too small for the request."""

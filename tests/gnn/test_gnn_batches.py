@@ -76,6 +76,12 @@ def test_targets_of_graphs_and_their_files(tmp_path: Any) -> None:
     ("make", "sentence"),
     [
         (lambda: gnn.batch([]), "A batch of no graphs"),
+        (lambda: gnn.batch("ab"), "A batch has a str among its graphs"),
+        (lambda: gnn.Graph.from_edges([0], [1], 3.5), "vertices=3.5 is out of range"),
+        (lambda: gnn.Graph.from_relations({}), "takes the edges of each kind by its name"),
+        (lambda: gnn.Graph.from_relations([[0], [1]]), "takes the edges of each kind by its name"),
+        (lambda: gnn.split_links(random_graph(), validation="a"), "validation='a' and test=0.1"),
+        (lambda: gnn.pyg_state(3), "A int is no layer"),
         (
             lambda: gnn.batch([*small_graphs(2), gnn.Graph.from_edges([0], [0])]),
             "Graph 2 of the batch has features of width 0, and the first one of 5",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,10 @@ def batch(
     >>> union.members, union.labels
     (array([0, 0, 1, 1, 2, 2], dtype=int32), array([ 0, -1,  1, -1,  1, -1], dtype=int32))
     """
+    graphs = list(graphs) if isinstance(graphs, Iterable) else [graphs]
+    wrong = [type(graph).__name__ for graph in graphs if not isinstance(graph, Graph)]
+    if wrong:
+        raise GraphError(f"A batch has a {wrong[0]} among its graphs: give a list of gnn.Graph.")
     if not graphs:
         raise GraphError("A batch of no graphs: give at least one.")
     _check_alike(graphs)

@@ -27,6 +27,7 @@ from partita.gnn.data.arrays import (
     MASKS,
     TABLES,
     VertexTables,
+    as_count,
     as_edge_features,
     as_ids,
     as_tables,
@@ -107,6 +108,7 @@ class Graph:
             )
         if vertices is None:
             vertices = vertex_count(source, target, tables)
+        vertices = as_count("vertices", vertices, 0)
         check_ids(source, target, vertices)
         edge_weights = as_weights(weights, len(source))
         degrees = np.zeros(vertices, np.int64)
@@ -140,6 +142,11 @@ class Graph:
         >>> Graph.from_relations(relations).edge_features.tolist()
         [[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]
         """
+        if not isinstance(relations, Mapping) or not relations:
+            raise GraphError(
+                "from_relations takes the edges of each kind by its name, as {'cites': (source, "
+                "target)}."
+            )
         ends = [
             (as_ids(f"{name} source", source), as_ids(f"{name} target", target))
             for name, (source, target) in relations.items()

@@ -10,6 +10,7 @@ A pair costs a row in every layer.
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -156,10 +157,11 @@ def split_links(
     (6, True, [3, 0, 1])
     """
     graph = graph.as_it_is()
-    if min(validation, test) < 0 or validation + test >= 1:
+    are_numbers = all(isinstance(share, numbers.Real) for share in (validation, test))
+    if not are_numbers or not (min(validation, test) >= 0 and validation + test < 1):
         raise GraphError(
-            f"validation={validation} and test={test} are no shares of the edges: use numbers of "
-            "at least 0 whose sum is below 1."
+            f"validation={validation!r} and test={test!r} are no shares of the edges: use numbers "
+            "of at least 0 whose sum is below 1."
         )
     source = graph.sources.astype(np.int64)
     target = np.repeat(np.arange(graph.vertices), np.diff(graph.offsets))

@@ -179,6 +179,8 @@ NAMES[GINEConv] = NAMES[GINConv]
 
 def _entries(layer: Any) -> dict[str, StateEntry]:
     """The entries of PyG's state of a built layer or model."""
+    if not isinstance(layer, keras.layers.Layer):
+        raise GraphError(f"A {type(layer).__name__} is no layer: give a layer or model of gnn.")
     if not layer.built:
         raise GraphError(f"{layer.name!r} has no weights yet: build it, or fit the model once.")
     if isinstance(layer, GraphModel):
