@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from partita.errors import GraphError
 from partita.execute import process_arrays, processes
 from partita.execute.devices import at_hand, detect
-from partita.gnn.data.arrays import MASKS, as_count, as_ids
+from partita.gnn.data.arrays import MASKS, as_array, as_count, as_ids
 from partita.gnn.data.digest import array_digest
 from partita.gnn.data.graph import Graph
 from partita.gnn.data.order import order_of
@@ -122,7 +122,7 @@ class Split:
             value = getattr(self, field_name)
             if isinstance(value, (str, Numbers)) or (field_name == "order" and value is None):
                 continue
-            if np.ndim(value) == 0:
+            if np.ndim(as_array(value)) == 0:
                 raise GraphError(
                     f"{field_name}={value!r} is unknown: give a name, or a list of integers."
                 )

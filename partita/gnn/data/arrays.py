@@ -63,7 +63,11 @@ def as_array(values: Any) -> Any:
         if str(getattr(values, "dtype", "")) == "torch.bfloat16":  # NumPy has no such type
             values = values.float()
         values = values.numpy()
-    return np.asarray(values)
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        reason = short_reason(str(error))
+        raise GraphError(f"A list is no array: {reason}. Give rows of one length.") from error
 
 
 def as_ids(name: str, values: Any) -> np.ndarray:

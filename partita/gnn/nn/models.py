@@ -100,7 +100,8 @@ class GraphModel(FullGraphTraining, keras.Model):
         self.hidden = _known_widths(hidden)
         self.classes = as_count("classes", classes, 1)
         if layers is not None:
-            as_count("layers", layers, 0)
+            is_own = (type(self).call, type(self).stages) != (GraphModel.call, GraphModel.stages)
+            as_count("layers", layers, 0 if is_own or readout or jk else 1)
         self.dropout = dropout
         self.l2 = l2
         self.links = links

@@ -21,6 +21,7 @@ import scipy.sparse
 from numba import njit
 
 from partita.errors import GraphError
+from partita.files.reading import short_reason
 from partita.gnn.data.csr import aligned, offsets_of, transpose_csr
 from partita.gnn.data.graph import Graph
 from partita.gnn.nn.block import Aggregation, Block, Edges, HaloMessage, edges_of, of_vertices
@@ -140,8 +141,9 @@ def split_points(graph: Graph, parts: int, partition: Any) -> np.ndarray:
         return PARTITIONERS[partition](graph, parts)
     points = np.asarray(partition)
     if points.shape != (parts + 1,) or not _covers(points, graph.vertices):
+        given = short_reason(str(points.tolist()))
         raise GraphError(
-            f"The split points {points.tolist()} do not cut {graph.vertices:,} vertices into "
+            f"The split points {given} do not cut {graph.vertices:,} vertices into "
             f"{parts} parts: give {parts + 1} numbers that rise from 0 to {graph.vertices}."
         )
     return points.astype(np.int64)
