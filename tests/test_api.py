@@ -169,6 +169,14 @@ def test_a_parallel_step_inside_a_transformation_is_refused(transform: Any) -> N
     assert split(weights, x).shape == (4, 4)
 
 
+def test_an_approximate_selection_is_refused() -> None:
+    def step(weights: Any, x: Any) -> Any:
+        return weights + jax.lax.approx_max_k(x @ weights, 2)[0].mean()
+
+    with pytest.raises(CaptureError, match=r"calls lax\.approx_max_k .*: use lax\.top_k"):
+        capture_program(step, args=(jnp.ones((4, 4)), jnp.ones((8, 4))))
+
+
 def test_an_option_that_a_verb_lacks_is_a_type_error_with_the_nearest_one() -> None:
     with pytest.raises(TypeError, match=r"plan\(\) has no option 'stgaes'. Did you mean 'stages'"):
         partita.plan(made(), 32, machine=host(2, 1 << 30), stgaes=True)  # pyright: ignore

@@ -57,6 +57,10 @@ def test_an_option_that_there_is_not_is_not_taken_for_the_script(command: str, s
             "plan train.py --machine ,",
             "--machine is ',', which names no machine: write for example --machine h100:8,h100:64.",
         ),
+        (
+            "plan train.py --machine h100:2 --objective cost-per-epoch --price h100=1,h100=2",
+            "--price is 'h100=1,h100=2', with two prices for one name: give one.",
+        ),
         ("gnn train --dropout 2", "--dropout is 2: give a number of at most 0.99."),
     ],
 )

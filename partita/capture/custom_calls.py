@@ -21,6 +21,7 @@ from jax.extend.mlir import ir
 
 from partita.capture.mosaic import grid_of
 from partita.capture.stablehlo import producer_of
+from partita.errors import CaptureError
 from partita.graph.flat import EDGE_KERNELS
 from partita.graph.operator_graph import DimFactors, Rule, Tensor
 
@@ -75,6 +76,15 @@ def call_name(operation: Any) -> str:
     if target.startswith(EDGE_PREFIX) and edge_kernel in EDGE_KERNELS:
         return edge_kernel
     return "custom_call"
+
+
+def check_call(operation: Any) -> None:
+    """CaptureError for a custom call that XLA does not compile in a program for several devices."""
+    if target_of(operation) == "ApproxTopK":
+        raise CaptureError(
+            "The step calls lax.approx_max_k or approx_min_k, which XLA does not compile in a "
+            "program for several devices: use lax.top_k."
+        )
 
 
 def call_rule(operation: Any, operands: list[Tensor], results: list[Tensor]) -> Rule | None:

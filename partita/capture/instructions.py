@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
 
-from partita.capture.custom_calls import call_flops, call_rule
+from partita.capture.custom_calls import call_flops, call_rule, check_call
 from partita.graph.operator_graph import DimFactors, Rule, Tensor, Window
 
 TRANSCENDENTAL = {
@@ -129,6 +129,8 @@ def rule_of(
     It is Shardy's, corrected for scatters. `shardy_rules` caches Shardy's by their attribute:
     thousands of instructions have the same.
     """
+    if operation.name == "stablehlo.custom_call":
+        check_call(operation)
     if "sdy.sharding_rule" in operation.attributes:
         attribute = operation.attributes["sdy.sharding_rule"]
         if attribute not in shardy_rules:

@@ -236,6 +236,8 @@ def parse_prices(text: str) -> dict[str, float]:
         item = item.strip()
         if item:
             name, _, number = item.rpartition("=")
+            if name.strip() in prices:
+                raise PlanError(f"--price is {text!r}, with two prices for one name: give one.")
             prices[name.strip()] = _price(number, item)
     return prices
 
