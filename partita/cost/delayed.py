@@ -40,7 +40,7 @@ from partita.graph.gradient_sums import PASSING
 from partita.graph.operator_graph import (
     Instruction,
     OperatorGraph,
-    constant_tensors,
+    first_backward,
     per_graph,
     producers,
 )
@@ -59,21 +59,6 @@ class Delay:
     """The instruction at which it runs."""
     reads: frozenset[int]
     """The tensors that it reads from memory."""
-
-
-@per_graph
-def first_backward(graph: OperatorGraph) -> int:
-    """The first instruction of the backward pass that computes no constant.
-
-    Constants of the backward pass stand anywhere before it.
-    """
-    constants = constant_tensors(graph)
-    backward = (
-        i
-        for i, x in enumerate(graph.instructions)
-        if x.phase == "backward" and not constants.issuperset(x.results)
-    )
-    return next(backward, len(graph.instructions))
 
 
 def delayed_kernels(

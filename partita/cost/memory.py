@@ -26,7 +26,6 @@ import numpy as np
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import ProductShape
 from partita.cost.collectives import DEFAULT, collectives, emitted_sums
-from partita.cost.delayed import first_backward
 from partita.cost.fusion import ALONE, Fusion, fused_under, kernel_reads
 from partita.cost.joined import computed_together
 from partita.cost.lifetimes import Lifetimes, lifetimes_under, static_lifetimes
@@ -40,6 +39,7 @@ from partita.graph.operator_graph import (
     ITEMSIZE,
     IdentityKey,
     OperatorGraph,
+    first_backward,
 )
 from partita.machine import Backend
 from partita.plans.layout import Layout, Read, Sharding, local_shape

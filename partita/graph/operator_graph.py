@@ -554,6 +554,21 @@ def constant_tensors(graph: OperatorGraph) -> frozenset[int]:
 
 
 @per_graph
+def first_backward(graph: OperatorGraph) -> int:
+    """The first instruction of the backward pass that computes no constant.
+
+    Constants of the backward pass stand anywhere before it.
+    """
+    constants = constant_tensors(graph)
+    backward = (
+        i
+        for i, x in enumerate(graph.instructions)
+        if x.phase == "backward" and not constants.issuperset(x.results)
+    )
+    return next(backward, len(graph.instructions))
+
+
+@per_graph
 def producers(graph: OperatorGraph) -> dict[int, int]:
     """Tensor -> the instruction that computes it."""
     producer = {}

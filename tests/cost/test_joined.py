@@ -251,3 +251,25 @@ def test_constants_join_no_kernels():
                 t for other in roots if other != root for t in again.instructions[other].results
             }
             assert own & (others | results)
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_values_of_two_rematerialized_runs_are_not_joined(runs):
+    """The second run waits for the products of the gradients of the first one."""
+
+    def values(x, w):
+        yield x
+        yield jnp.tanh(x)
+        yield jnp.cos(x)
+
+    graph, *_ = products_of(values)
+    last = max(roots_named(graph, "tanh", "cosine"))
+    products = [i for i, x in enumerate(graph.instructions) if x.name == "dot_general"]
+    assert products[1] < last
+    backward = products if runs == 2 else products[:1]
+    phases = ["backward" if i in backward else "forward" for i in range(len(graph.instructions))]
+    instructions = [replace(x, phase=p) for x, p in zip(graph.instructions, phases, strict=True)]
+    graph = replace(graph, instructions=tuple(instructions))
+    layout = layout_of(graph, BASELINES["one device"](graph, GPU.name, mesh_of(GPU)))
+    fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules)
+    assert len(computed_together(graph, layout, fused)) == 2 - runs
