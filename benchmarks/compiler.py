@@ -100,23 +100,27 @@ def towers():
     return keras.Model([user, item], layers.Dense(16, activation="softmax")(x)), data
 
 
-def gpt_bfloat16():
+def mixed_gpt(width: int, blocks: int, words: int, positions: int, samples: int):
     """A transformer wide enough for fused attention, in mixed precision."""
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    tokens = keras.Input((512,), dtype="int32")
-    x = layers.Embedding(8192, 512)(tokens)
-    for _ in range(2):
-        a = layers.LayerNormalization()(x)
-        x = x + layers.MultiHeadAttention(8, 64)(a, a, use_causal_mask=True)
-        b = layers.LayerNormalization()(x)
-        x = x + layers.Dense(512)(layers.Dense(2048, activation="gelu")(b))
-    logits = layers.Dense(8192, activation="softmax", dtype="float32")(x)
-    keras.config.set_dtype_policy("float32")
-    return keras.Model(tokens, logits), (np.zeros((16, 512), "int32"),) * 2
+
+    def made():
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        tokens = keras.Input((positions,), dtype="int32")
+        x = layers.Embedding(words, width)(tokens)
+        for _ in range(blocks):
+            a = layers.LayerNormalization()(x)
+            x = x + layers.MultiHeadAttention(width // 64, 64)(a, a, use_causal_mask=True)
+            b = layers.LayerNormalization()(x)
+            x = x + layers.Dense(width)(layers.Dense(4 * width, activation="gelu")(b))
+        logits = layers.Dense(words, activation="softmax", dtype="float32")(x)
+        keras.config.set_dtype_policy("float32")
+        return keras.Model(tokens, logits), (np.zeros((samples, positions), "int32"),) * 2
+
+    return made
 
 
 def gpt_fused():
-    """The same with one product for query, key and value, and one for gate and up, with biases."""
+    """`gpt_bfloat16` with one product for query, key and value, and one for gate and up, with biases."""
     keras.config.set_dtype_policy("mixed_bfloat16")
     tokens = keras.Input((512,), dtype="int32")
     x = layers.Embedding(8192, 512)(tokens)
@@ -210,21 +214,6 @@ def mixer():
     return keras.Model(tokens, x), (np.zeros((32, 64), "int32"), np.zeros(32, "int32"))
 
 
-def gpt_large():
-    """A transformer of gigabytes a device, in mixed precision; its scores are stored."""
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    tokens = keras.Input((1024,), dtype="int32")
-    x = layers.Embedding(32768, 1024)(tokens)
-    for _ in range(4):
-        a = layers.LayerNormalization()(x)
-        x = x + layers.MultiHeadAttention(16, 64)(a, a, use_causal_mask=True)
-        b = layers.LayerNormalization()(x)
-        x = x + layers.Dense(1024)(layers.Dense(4096, activation="gelu")(b))
-    logits = layers.Dense(32768, activation="softmax", dtype="float32")(x)
-    keras.config.set_dtype_policy("float32")
-    return keras.Model(tokens, logits), (np.zeros((64, 1024), "int32"),) * 2
-
-
 def vit_large():
     """The base size of a vision transformer, in mixed precision."""
     keras.config.set_dtype_policy("mixed_bfloat16")
@@ -255,7 +244,7 @@ MODELS = {
     "lstm": lstm,
     "gpt": gpt,
     "towers": towers,
-    "gpt_bfloat16": gpt_bfloat16,
+    "gpt_bfloat16": mixed_gpt(512, 2, 8192, 512, 16),
     "gpt_fused": gpt_fused,
     "mixture": mixture,
     "resnet50": application("ResNet50"),
@@ -268,7 +257,7 @@ MODELS = {
     "mixer": mixer,
 }
 LARGE_MODELS = {
-    "gpt_large": gpt_large,
+    "gpt_large": mixed_gpt(1024, 4, 32768, 1024, 64),
     "vit_large": vit_large,
     "resnet50_large": large_application("ResNet50"),
     "mobilenetv3small_large": large_application("MobileNetV3Small"),
