@@ -311,6 +311,12 @@ class _Request:
         """Whether plans of one program above the memory of a device are left to stages."""
         return self.stages and len(self.graph.instructions) > LARGE
 
+    @property
+    def hopeless(self) -> float:
+        """Memory of a plan of one program, relative to that of a device, above which it is given
+        up."""
+        return 1.0 if self.leaves_to_stages else HOPELESS
+
     def limits(
         self,
         budget: float,
@@ -574,8 +580,7 @@ def _or_baseline(request: _Request, result: PlanResult) -> PlanResult:
     fits.
     """
     limit_seconds = result.prediction.seconds * (1 - 1e-12) if result.fits else np.inf
-    hopeless = 1.0 if request.leaves_to_stages else HOPELESS
-    name = result.baselines.fastest(request.limit_bytes, limit_seconds, hopeless)
+    name = result.baselines.fastest(request.limit_bytes, limit_seconds, request.hopeless)
     if name is None:
         return result
     plan, prediction = result.baselines[name]
@@ -695,8 +700,8 @@ def _with_placement(
     `one_program` is the best without placement and stages. Placement hardly changes memory: it is
     not tried if no plan of one program is near the memory of a device.
     """
-    hopeless = 1.0 if request.leaves_to_stages else HOPELESS
-    if not one_program.fits and one_program.smallest_bytes > hopeless * request.limit_bytes:
+    most_bytes = request.hopeless * request.limit_bytes
+    if not one_program.fits and one_program.smallest_bytes > most_bytes:
         return result
     start = one_program.plan
     if not start.mesh.axes:
