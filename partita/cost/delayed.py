@@ -41,6 +41,7 @@ from partita.graph.operator_graph import (
     Instruction,
     OperatorGraph,
     first_backward,
+    is_repeated,
     per_graph,
     producers,
 )
@@ -327,11 +328,7 @@ def _joins(graph: OperatorGraph, instruction: Instruction) -> bool:
 
 def joined_repetitions(graph: OperatorGraph, fused: Fusion) -> dict[int, int]:
     """Forward value computed again in the backward pass -> the last root of its joined kernel."""
-    repeated = [
-        root
-        for root in fused.kernels
-        if root > first_backward(graph) and graph.instructions[root].phase == "forward"
-    ]
+    repeated = [root for root in fused.kernels if is_repeated(graph, root)]
     if not repeated:
         return {}
     joined = joined_kernels(graph, fused)
@@ -357,8 +354,7 @@ def delayed_by_repetitions(
     `ends`: result of a joined kernel -> the instruction at which that runs. Kernels that read
     results of a waiting kernel wait too.
     """
-    first = first_backward(graph)
-    repeated = [i for i in fused.kernels if i > first and graph.instructions[i].phase == "forward"]
+    repeated = [root for root in fused.kernels if is_repeated(graph, root)]
     results = {tensor for root in repeated for tensor in graph.instructions[root].results}
     ready_at = {tensor: ends[tensor] for tensor in results & ends.keys()}
     """Tensor -> the instruction at which it is computed, if that is later than in program order."""

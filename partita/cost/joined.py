@@ -27,7 +27,7 @@ from partita.graph.operator_graph import (
     IdentityKey,
     OperatorGraph,
     constant_tensors,
-    first_backward,
+    is_repeated,
     producers,
 )
 from partita.plans.layout import Layout
@@ -268,13 +268,11 @@ class _Joiner:
         self.bit = {root: 1 << n for n, root in enumerate(sorted(read_by))}
         self.ancestors: dict[int, int] = {}
         # A forward value computed again waits, behind a barrier, for the pass before it.
-        first = first_backward(graph)
         passed = 0
         """The last product of the backward pass, with its ancestors."""
         for root in sorted(read_by):
             instruction = graph.instructions[root]
-            is_repeated = root > first and instruction.phase == "forward"
-            found = passed if is_repeated else 0
+            found = passed if is_repeated(graph, root) else 0
             for tensor in self.reads[root]:
                 source = self.producer.get(tensor)
                 if source is not None and source < root:

@@ -568,6 +568,12 @@ def first_backward(graph: OperatorGraph) -> int:
     return next(backward, len(graph.instructions))
 
 
+def is_repeated(graph: OperatorGraph, instruction: int) -> bool:
+    """Whether an instruction computes a forward value again in the backward pass."""
+    is_later = instruction > first_backward(graph)
+    return is_later and graph.instructions[instruction].phase == "forward"
+
+
 @per_graph
 def producers(graph: OperatorGraph) -> dict[int, int]:
     """Tensor -> the instruction that computes it."""
