@@ -20,14 +20,13 @@ from dataclasses import dataclass, replace
 from partita.cost.backends import Compiler, compiler_of
 from partita.cost.partial import (
     Factors,
-    dilates_operand,
     operand_labels,
     pending_sums,
     reduced_factors,
 )
 from partita.cost.reshard import Axes, emitted_steps, step_bytes
 from partita.cost.sums import LaidOutProgram, Sum
-from partita.graph.flat import LIBRARY_CALLS, Reader, readers_of
+from partita.graph.flat import LIBRARY_CALLS, Reader, dilates_operand, readers_of
 from partita.graph.operator_graph import (
     ITEMSIZE,
     DimFactors,
@@ -228,6 +227,25 @@ def exchanges(
     return found
 
 
+def new_exchanges(
+    graph: OperatorGraph,
+    number: int,
+    compiler: Compiler,
+    exchanged: set[tuple[int, Exchange]],
+) -> Iterator[Exchange]:
+    """The exchanges of an instruction that earlier ones do not share.
+
+    `exchanged` are those of the earlier ones, with their tensors; these are added to it.
+    """
+    instruction = graph.instructions[number]
+    result = graph.labels[instruction.results[0]]
+    for exchange in exchanges(instruction, operand_labels(graph, number), result):
+        key = instruction.operands[exchange.operand], replace(exchange, operand=0)
+        if not compiler.merges_exchanges or key not in exchanged:
+            exchanged.add(key)
+            yield exchange
+
+
 def _split_like_result(
     label: Label,
     operand_mapping: DimFactors,
@@ -382,21 +400,15 @@ class _Computed:
     def _halos(
         self, communication: Communicating, exchanged: set[tuple[int, Exchange]]
     ) -> Iterator[Collective]:
-        """The exchanges of an instruction that are not among those `exchanged`, and adds them."""
+        """The collectives of an instruction's exchanges; `exchanged` as for `new_exchanges`."""
         assignment = self.layout.assignments[communication.operator]
         number = communication.instruction
         instruction = self.graph.instructions[number]
-        labels = operand_labels(self.graph, number)
-        result = self.graph.labels[instruction.results[0]]
-        for exchange in exchanges(instruction, labels, result):
+        for exchange in new_exchanges(self.graph, number, self.compiler, exchanged):
             axes = assignment.get(exchange.factor, ())
             if not axes:
                 continue
             operand = instruction.operands[exchange.operand]
-            key = operand, replace(exchange, operand=0)
-            if self.compiler.merges_exchanges and key in exchanged:
-                continue
-            exchanged.add(key)
             tensor = self.graph.tensors[operand]
             shards = math.prod(self.mesh.sizes[axis] for axis in axes)
             sharding = label_sharding(exchange.label, assignment)

@@ -19,8 +19,8 @@ from functools import lru_cache
 
 from partita.cost.backends.base import FusionRules
 from partita.cost.collectives import communicating
-from partita.cost.partial import is_grouped, pending_sums, split_axes, transposes
-from partita.graph.flat import EDGE_KERNELS, Reader
+from partita.cost.partial import is_grouped, pending_sums, split_axes
+from partita.graph.flat import EDGE_KERNELS, Reader, transposes
 from partita.graph.operator_graph import (
     IdentityKey,
     Instruction,

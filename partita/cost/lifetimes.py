@@ -27,9 +27,8 @@ from partita.cost.partial import (
     gradients,
     operand_labels,
     reduced_factors,
-    transposes,
 )
-from partita.graph.flat import LIBRARY_CALLS, readers_of
+from partita.graph.flat import LIBRARY_CALLS, readers_of, transposes
 from partita.graph.operator_graph import (
     IdentityKey,
     OperatorGraph,

@@ -76,23 +76,6 @@ def is_grouped(instruction: Instruction) -> bool:
     return bool(first.intersection(*others))
 
 
-def transposes(instruction: Instruction) -> bool:
-    """Whether an instruction transposes its operands first, and so computes them once more.
-
-    The weight gradient of a convolution does: it sums away the batch, dim 0 of its first operand.
-    """
-    rule = instruction.rule
-    if instruction.name != "convolution" or rule is None:
-        return False
-    return any(factor in rule.reduction for factor in rule.operands[0][0])
-
-
-def dilates_operand(instruction: Instruction) -> bool:
-    """Whether an instruction is a weight gradient over a dilated operand, that of a transposed
-    convolution."""
-    return transposes(instruction) and any(window.base > 1 for _, window in instruction.windows)
-
-
 @dataclass(frozen=True)
 class Gradient:
     """A gradient that one operator adds up from several partial sums."""

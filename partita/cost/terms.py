@@ -20,7 +20,7 @@ from functools import cached_property
 from hashlib import sha256
 
 from partita.cost.backends import compiler_of
-from partita.cost.collectives import DEFAULT, Exchange, exchanges
+from partita.cost.collectives import DEFAULT, Exchange, new_exchanges
 from partita.cost.fusion import EXPENSIVE, FREE, fusion, kernel_reads
 from partita.cost.joined import NONE_JOINED, joined_kernels
 from partita.cost.operator_terms import Halo, Move, OperatorTerms, Reduction, StoredVariable, Work
@@ -34,12 +34,11 @@ from partita.cost.partial import (
     read_labels,
     reduced_factors,
     summed_leaves,
-    transposes,
     waiting_sums,
 )
 from partita.cost.sums import loop_sums
 from partita.cost.work import dense_ratio, group_factors
-from partita.graph.flat import EDGE_KERNELS, HEAVY, LIBRARY_CALLS, Reader, readers_of
+from partita.graph.flat import EDGE_KERNELS, HEAVY, LIBRARY_CALLS, Reader, readers_of, transposes
 from partita.graph.operator_graph import (
     ITEMSIZE,
     Instruction,
@@ -366,7 +365,7 @@ class _Collector:
             reduced = reduced_factors(instruction, labels)
             if reduced and partial_sums.isdisjoint(instruction.results):
                 self._add_reductions(operator, instruction, reduced)
-            self._add_halos(operator, i, labels)
+            self._add_halos(operator, i)
 
     def _add_reductions(
         self,
@@ -411,16 +410,10 @@ class _Collector:
         self,
         operator: int,
         number: int,
-        labels: Sequence[Label],
     ) -> None:
         instruction = self.graph.instructions[number]
-        result_label = self.graph.labels[instruction.results[0]]
-        for exchange in exchanges(instruction, labels, result_label):
+        for exchange in new_exchanges(self.graph, number, self.compiler, self.exchanged):
             operand = instruction.operands[exchange.operand]
-            key = operand, replace(exchange, operand=0)
-            if self.compiler.merges_exchanges and key in self.exchanged:
-                continue
-            self.exchanged.add(key)
             reader = (number, exchange.operand)
             nbytes = self.compiler.moved_bytes(self.graph, operand, [reader])
             rows = self.graph.tensors[operand].shape[exchange.dim]

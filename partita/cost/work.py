@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from partita.cost.backends import compiler_of
 from partita.cost.collectives import DEFAULT, Collective, Reach, collectives, reaches
 from partita.cost.fusion import fused_under
-from partita.cost.partial import Factors, dilates_operand, is_grouped, operand_labels, transposes
+from partita.cost.partial import Factors, is_grouped, operand_labels
+from partita.graph.flat import dilates_operand, transposes
 from partita.graph.operator_graph import Instruction, Label, OperatorGraph, Window, per_graph
 from partita.machine import Backend
 from partita.plans.layout import Layout, Sharding

@@ -232,6 +232,23 @@ def _outermost_loops(loops: Sequence[Loop]) -> dict[int, int]:
     return loop_of
 
 
+def transposes(instruction: Instruction) -> bool:
+    """Whether an instruction transposes its operands first, and so computes them once more.
+
+    The weight gradient of a convolution does: it sums away the batch, dim 0 of its first operand.
+    """
+    rule = instruction.rule
+    if instruction.name != "convolution" or rule is None:
+        return False
+    return any(factor in rule.reduction for factor in rule.operands[0][0])
+
+
+def dilates_operand(instruction: Instruction) -> bool:
+    """Whether an instruction is a weight gradient over a dilated operand, that of a transposed
+    convolution."""
+    return transposes(instruction) and any(window.base > 1 for _, window in instruction.windows)
+
+
 @per_graph
 def readers_of(graph: OperatorGraph) -> dict[int, tuple[Reader, ...]]:
     """Tensor -> its readers, of results and values that loops yield as (-1, 0)."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from partita.graph.factors import OperatorFactors
-from partita.graph.flat import KIND, FlatProgram, constant_results
+from partita.graph.flat import KIND, FlatProgram, constant_results, dilates_operand
 from partita.graph.operator_graph import (
     Argument,
     Factor,
@@ -104,13 +104,12 @@ def _with_whole_positions(instruction: Instruction) -> Instruction:
     XLA:CPU gathers both operands, and every device computes the gradient of all positions.
     """
     rule = instruction.rule
-    if instruction.name != "convolution" or rule is None:
+    if rule is None or not dilates_operand(instruction):
         return instruction
     summed = {factor for factor, _ in instruction.windows if factor in rule.reduction}
-    if not summed or all(window.base == 1 for _, window in instruction.windows):
-        return instruction
-    gathered = tuple(sorted(summed.union(rule.gathered)))
-    return replace(instruction, rule=replace(rule, gathered=gathered))
+    return replace(
+        instruction, rule=replace(rule, gathered=tuple(sorted(summed.union(rule.gathered))))
+    )
 
 
 def _with_forward_loops(

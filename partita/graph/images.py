@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from scipy.cluster.hierarchy import DisjointSet
 
-from partita.graph.flat import Reader
-from partita.graph.operator_graph import DimFactors, Instruction, OperatorGraph, Rule, per_graph
+from partita.graph.flat import Reader, transposes
+from partita.graph.operator_graph import DimFactors, Instruction, OperatorGraph, per_graph
 
 LEAST_RANK = 4
 """Dims of images: samples, channels and at least two others."""
@@ -119,7 +119,7 @@ def _roles(instruction: Instruction) -> Iterator[_Role]:
     if rule is None:
         return
     left, right = rule.operands[:2]
-    if _sums_samples(rule):
+    if transposes(instruction):
         other, kernel, tensor, position = right, rule.results[0], instruction.operands[1], 1
     else:
         other, kernel, tensor, position = rule.results[0], right, instruction.results[0], None
@@ -130,11 +130,6 @@ def _roles(instruction: Instruction) -> Iterator[_Role]:
     if left_dims is not None and other_dims is not None:
         yield _Role(instruction.operands[0], 0, left_dims)
         yield _Role(tensor, position, other_dims)
-
-
-def _sums_samples(rule: Rule) -> bool:
-    """Whether a convolution sums over dim 0 of its operand, as a weight gradient does."""
-    return any(factor in rule.reduction for factor in rule.operands[0][0])
 
 
 def _factors(mapping: DimFactors) -> set[int]:
