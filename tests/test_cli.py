@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import typer
 from typer.testing import CliRunner, Result
 
 from partita.cli.main import app
+from partita.cli.options import PlanFiles
+from partita.cli.run import Record
 from partita.cli.terminal import errors
 from partita.errors import LostProcessError
 from partita.execute import members
@@ -35,6 +38,16 @@ def script(tmp_path: Path) -> str:
 
 def partita(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
+
+
+def test_each_program_of_a_script_has_a_plan_file_of_its_own(tmp_path: Path) -> None:
+    plan = find(GRAPH, load("h100:2")).plan
+    record = Record(PlanFiles(save_plan=tmp_path / "plan.json"), prints=False)
+    for name, batch_size in (("critic", 8), ("generator", 8), ("critic", 16)):
+        record.planned(None, None, replace(plan, graph=name, batch_size=batch_size))  # type: ignore[arg-type]
+    written = [Plan.load(path) for path in sorted(tmp_path.iterdir())]
+    assert [(plan.graph, plan.batch_size) for plan in written] == [("generator", 8), ("critic", 16)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan-2.json", "plan.json"]
 
 
 @pytest.mark.parametrize("command", ["run", "plan", "compare", "simulate"])

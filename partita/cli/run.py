@@ -208,6 +208,8 @@ class Record:
     """Decisions of --manage, for the next page."""
     pages: list[Path] = field(default_factory=list)
     """Pages that were written."""
+    plans: dict[str, Path] = field(default_factory=dict)
+    """Name of a program -> the file of its last plan."""
     legend_printed: bool = False
 
     def planned(self, captured: Captured, machine: Machine, plan: Plan) -> None:
@@ -215,7 +217,9 @@ class Record:
         if self.files.report is not None:
             self.steps.append((plan, simulate_plan(captured, machine, plan)))
         if self.files.save_plan is not None:
-            save_plan(plan, self.files.save_plan)
+            number = len(self.plans) + 1
+            path = self.plans.setdefault(plan.graph, _numbered(self.files.save_plan, number))
+            save_plan(plan, path)
         if self.prints:
             self._print(plan)
             self._tell_devices()
@@ -238,16 +242,14 @@ class Record:
                 self.legend_printed = True
         for line in summary(plan):
             err.print(line)
-        if self.files.save_plan is not None:
-            err.print(f"plan written to {self.files.save_plan}")
+        if plan.graph in self.plans:
+            err.print(f"plan written to {self.plans[plan.graph]}")
 
     def trained(self, job: Trained) -> None:
         """Called with each program that was trained, in the end."""
-        path = self.files.report
-        if path is None:
+        if self.files.report is None:
             return
-        if self.pages:
-            path = path.with_name(f"{path.stem}-{len(self.pages) + 1}{path.suffix}")
+        path = _numbered(self.files.report, len(self.pages) + 1)
         timelines = [timeline for plan, timeline in self.steps if plan is job.plan]
         decisions = [decision.to_json() for decision in self.decisions]
         self.decisions.clear()
@@ -262,3 +264,8 @@ class Record:
             err.print(f"report written to {', '.join(map(str, self.pages))}")
         else:
             err.print("nothing was trained, so there is no report")
+
+
+def _numbered(path: Path, number: int) -> Path:
+    """The file for the first, second, ... program of a script: `plan.json`, `plan-2.json`, ..."""
+    return path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")

@@ -41,6 +41,8 @@ class FileKind:
 
 def read_bytes(path: str | Path, kind: FileKind) -> bytes:
     """The content of a file, at most `kind.most_bytes`."""
+    if not isinstance(path, (str, os.PathLike)):
+        fail(repr(path), kind, f"of type '{type(path).__name__}', no name of a file", "name a file")
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):

@@ -143,6 +143,8 @@ def test_a_file_without_a_plan_is_refused(tmp_path: Path) -> None:
         Plan.load(tmp_path / "binary.json")
     with pytest.raises(PlanError, match="is a folder: name a file."):
         Plan.load(tmp_path)
+    with pytest.raises(PlanError, match="None is of type 'NoneType', no name of a file: name a"):
+        Plan.load(None)  # type: ignore[arg-type]
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(
         PlanError, match="list.json: the content is a list of 0: give an object with schema, "
