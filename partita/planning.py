@@ -132,8 +132,27 @@ def check_measurable(machine: str | Machine | None) -> None:
 # --------------------------------------------------------------------------------------- searches
 
 
+ARGUMENTS: Mapping[str, tuple[type, str]] = {
+    "graph": (OperatorGraph, "the 'graph' of a captured program"),
+    "machine": (Machine, "partita.load_machine('h100:8')"),
+    "plan": (Plan, "a Plan, as partita.best_plan returns it"),
+}
+"""Arguments of public functions: their type, and what to give."""
+
+
+def _check_types(**values: Any) -> None:
+    """PlanError for one of `ARGUMENTS` of another type."""
+    for name, value in values.items():
+        kind, fix = ARGUMENTS[name]
+        if not isinstance(value, kind):
+            raise PlanError(
+                f"{name} is of type '{type(value).__name__}', not {kind.__name__}: give {fix}."
+            )
+
+
 def best_plan(graph: OperatorGraph, machine: Machine, report: Report | None = None) -> Plan:
     """The fastest plan for a graph on a machine, with its reasons."""
+    _check_types(graph=graph, machine=machine)
     return with_reasons(find(graph, machine, report))
 
 
@@ -303,6 +322,7 @@ def _alternative(
 
 def check_plan(plan: Plan, graph: OperatorGraph, machine: Machine) -> Plan:
     """A plan, fitted to the batch of a graph and to a machine; PlanError if it cannot be."""
+    _check_types(graph=graph, machine=machine, plan=plan)
     if plan.devices > machine.devices:
         raise PlanError(
             f"The plan '{plan.name}' is for {plan.devices} devices; {machine.name} has "
@@ -542,6 +562,7 @@ def plan_that_compiles(
 
 def predict_plan(graph: OperatorGraph, machine: Machine, plan: Plan) -> Prediction:
     """Predicted seconds, memory and traffic of a plan for a graph on a machine."""
+    _check_types(graph=graph, machine=machine, plan=plan)
     return simulated_prediction(graph, machine, check(plan, graph))
 
 

@@ -15,8 +15,11 @@ from partita.errors import MachineError, PlanError
 from partita.machine import host
 from partita.planning import (
     SearchOptions,
+    best_plan,
+    check_plan,
     given_plan,
     make_planner,
+    predict_plan,
     resolve_machine,
     resolve_plan,
     search_fitting_plan,
@@ -67,6 +70,17 @@ def test_a_time_limit_is_a_number(seconds: Any) -> None:
 def test_a_plan_that_is_none_is_refused(plan: Any) -> None:
     with pytest.raises(PlanError, match="is no plan: give a Plan|There is no plan file"):
         given_plan(plan)
+
+
+def test_arguments_of_another_type_are_named() -> None:
+    step = captured(jnp.mean)
+    with pytest.raises(PlanError, match="graph is of type 'Captured', not OperatorGraph: give "):
+        best_plan(step, SMALL)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="machine is of type 'str', not Machine: give partita.load"):
+        best_plan(step.graph, "h100:8")  # type: ignore[arg-type]
+    for function in (predict_plan, lambda graph, machine, plan: check_plan(plan, graph, machine)):
+        with pytest.raises(PlanError, match="plan is of type 'NoneType', not Plan: give a Plan"):
+            function(step.graph, SMALL, None)  # type: ignore[arg-type]
 
 
 def test_microbatches_are_searched_only_where_no_other_plan_fits() -> None:
