@@ -259,7 +259,7 @@ def _read(path: str | Path) -> bytes:
             "jupyter nbconvert --to script writes it as a Python file."
         )
     try:
-        return Path(path).read_bytes()
+        content = Path(path).read_bytes()
     except FileNotFoundError:
         raise PartitaError(
             f"There is no script {str(path)!r}. Give the path of a Python file."
@@ -269,6 +269,11 @@ def _read(path: str | Path) -> bytes:
             f"The script {str(path)!r} cannot be read: {error.strerror}. "
             "Give the path of a Python file."
         ) from None
+    if b"\0" in content:
+        raise PartitaError(
+            f"{str(path)!r} is no Python source: it has null bytes. Give the path of a .py file."
+        )
+    return content
 
 
 @contextmanager

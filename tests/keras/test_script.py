@@ -7,6 +7,7 @@ import re
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 
 import keras
 import pytest
@@ -260,6 +261,13 @@ def test_a_module_runs_as_after_python_m(tmp_path, monkeypatch, capsys):
     file = package / "train.py"
     assert first == f"3 ['{file}', '--epochs', '3'] __main__ ownpackage {file}"
     assert second == "the package ownpackage"
+
+
+def test_a_compiled_script_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train.pyc"
+    path.write_bytes(b"a\0b")
+    with pytest.raises(PartitaError, match="train.pyc' is no Python source: it has null bytes."):
+        run_script(Script(str(path)), print)
 
 
 def test_a_script_may_be_a_pipe_and_finds_its_data_after_a_change_of_folder(
