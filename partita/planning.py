@@ -13,7 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ from partita.search.find import PlanResult, find, mesh_of
 from partita.simulation.simulate import predicted as simulated_prediction
 from partita.simulation.simulate import simulate as simulated
 from partita.simulation.timeline import Timeline
-from partita.units import format_bytes, format_seconds
+from partita.units import format_bytes, format_seconds, is_whole_number
 
 if TYPE_CHECKING:
     from partita.capture.jax_functions import Captured
@@ -110,10 +110,7 @@ def resolve_machine(machine: str | Machine | None, devices: int | None = None) -
 
 def _check_devices(devices: int | None) -> None:
     """MachineError for a number of devices that is none."""
-    if devices is None:
-        return
-    is_whole = isinstance(devices, Integral) and not isinstance(devices, bool)
-    if not is_whole or devices < 1:
+    if devices is not None and not is_whole_number(devices, 1):
         raise MachineError(
             f"devices={devices!r} is no number of devices: give a whole number above 0."
         )

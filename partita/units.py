@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from numbers import Integral
+from typing import Any
 
 from partita.errors import PartitaError
 
@@ -66,6 +68,15 @@ SHORTEST_SECONDS = 5e-12
 
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d*)?(?:[eE][+-]?\d+)?")
 _QUANTITY = re.compile(r"\s*([+-]?(?:\d[\d_,]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(\S*)\s*")
+
+
+def is_whole_number(value: Any, least: float = -math.inf) -> bool:
+    """Whether a value is a whole number of at least `least`, of Python or NumPy; True is none.
+
+    >>> is_whole_number(3, 1), is_whole_number(3.0), is_whole_number(True)
+    (True, False, False)
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def parse(text: str, dimension: str | None = None) -> float:

@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import hypothesis
 import installation
 import pytest
 
@@ -19,6 +20,12 @@ os.environ["XLA_FLAGS"] = (
 os.environ["PARTITA_CACHE"] = "/dev/null/none"  # nothing that was measured on this machine
 os.environ["NPROC"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+# A loaded machine draws examples slowly.
+hypothesis.settings.register_profile(
+    "loaded", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("loaded")
 
 SECONDS_BETWEEN_FREEZES = 20.0
 last_freeze = 0.0

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from partita.errors import CaptureError
 from partita.keras_backend import require_jax
+from partita.units import is_whole_number
 
 if TYPE_CHECKING:
     from partita.capture.jax_functions import Captured
@@ -54,7 +55,7 @@ def _checked_size(batch_size: Any) -> int:
     """A batch size, the default one for None; CaptureError if it is something else."""
     if batch_size is None:
         return DEFAULT_BATCH_SIZE
-    if isinstance(batch_size, bool) or not isinstance(batch_size, Integral) or batch_size < 1:
+    if not is_whole_number(batch_size, 1):
         given = batch_size if isinstance(batch_size, Real) else f"a {type(batch_size).__name__}"
         raise CaptureError(
             f"batch_size is {given}, and must be a whole number from 1 on. Give arrays or shapes "

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from numbers import Integral
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,6 +35,7 @@ from partita.files.checksums import (
 from partita.files.folders import FolderInUseError, lock
 from partita.files.reading import short_reason
 from partita.files.schema import FieldError, items, mapping, row, table, text, whole_number
+from partita.units import is_whole_number
 
 SETTLING = 0.3
 """Time in which threads of a failed read report their errors, seconds."""
@@ -73,7 +73,7 @@ class Checkpoint(keras.callbacks.Callback):
     def __init__(self, folder: str | Path, keep: int = 2, every: int = 1) -> None:
         super().__init__()
         for name, count in {"keep": keep, "every": every}.items():
-            if not isinstance(count, Integral) or count < 1:
+            if not is_whole_number(count, 1):
                 raise PartitaError(
                     f"{name}={count!r} is no whole number above 0: give {name}=1 or more."
                 )

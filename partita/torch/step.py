@@ -3,7 +3,6 @@
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
-import numbers
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,7 @@ from partita.torch.module import (
     to_torch,
 )
 from partita.torch.optimizers import Optimizer, check_clip_norm, clipped, optimizer_of
+from partita.units import is_whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -295,7 +295,7 @@ def training_step(
         )
     _check_module(module)
     check_clip_norm(clip_norm)
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+    if not is_whole_number(seed):
         raise CaptureError(f"seed is {seed!r}: give a whole number.")
     names = names_of(module)
     if not names.trained:

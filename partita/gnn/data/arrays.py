@@ -14,6 +14,7 @@ import numpy as np
 from partita.errors import GraphError
 from partita.files.reading import short_reason
 from partita.gnn.data.csr import NARROW
+from partita.units import is_whole_number
 
 TABLES: dict[str, type[np.generic]] = {
     "features": np.float32,
@@ -86,8 +87,7 @@ def as_count(name: str, value: Any, least: int, fix: str = "") -> int:
     >>> as_count("epochs", np.int32(3), 0)
     3
     """
-    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_whole or value < least:
+    if not is_whole_number(value, least):
         fix = fix or f"give a whole number of at least {least}"
         raise GraphError(f"{name}={short_reason(repr(value))} is out of range: {fix}.")
     return int(value)
