@@ -19,7 +19,7 @@ from functools import lru_cache
 
 from partita.cost.backends.base import FusionRules
 from partita.cost.collectives import communicating
-from partita.cost.partial import is_grouped, pending_sums, split_axes
+from partita.cost.partial import pending_sums, split_axes
 from partita.graph.flat import EDGE_KERNELS, Reader, transposes
 from partita.graph.operator_graph import (
     IdentityKey,
@@ -313,7 +313,7 @@ class _Fuser:
 
     def _reversed_kernels(self, instruction: Instruction) -> set[int]:
         """The reversal of the kernel of an ungrouped convolution, if that reads it as it is."""
-        is_convolution = instruction.name == "convolution" and not is_grouped(instruction)
+        is_convolution = instruction.name == "convolution" and not instruction.is_grouped
         if not self.rules.reads_reversed or not is_convolution:
             return set()
         source = self.producer.get(instruction.operands[1], -1)

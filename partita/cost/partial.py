@@ -66,16 +66,6 @@ def reduced_factors(instruction: Instruction, labels: Sequence[Label]) -> Factor
     return tuple(factors)
 
 
-def is_grouped(instruction: Instruction) -> bool:
-    """Whether an instruction is a convolution by groups of channels."""
-    rule = instruction.rule
-    if instruction.name != "convolution" or rule is None:
-        return False
-    dims = (*rule.operands, *rule.results)
-    first, *others = ({factor for dim in mapping for factor in dim} for mapping in dims)
-    return bool(first.intersection(*others))
-
-
 @dataclass(frozen=True)
 class Gradient:
     """A gradient that one operator adds up from several partial sums."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from partita.cost.backends import compiler_of
 from partita.cost.collectives import DEFAULT, Collective, Reach, collectives, reaches
 from partita.cost.fusion import fused_under
-from partita.cost.partial import Factors, is_grouped, operand_labels
+from partita.cost.partial import Factors, operand_labels
 from partita.graph.flat import dilates_operand, transposes
 from partita.graph.operator_graph import Instruction, Label, OperatorGraph, Window, per_graph
 from partita.machine import Backend
@@ -125,7 +125,7 @@ def dense_ratio(instruction: Instruction) -> float:
 def _is_filled_by_group(instruction: Instruction) -> bool:
     """Whether an instruction is the input gradient of a grouped convolution with strides."""
     is_dilated = any(window.base > 1 for _, window in instruction.windows)
-    return is_dilated and is_grouped(instruction) and not transposes(instruction)
+    return is_dilated and instruction.is_grouped and not transposes(instruction)
 
 
 def _pads(instruction: Instruction, window: Window) -> bool:

@@ -220,6 +220,16 @@ class Instruction:
     """Whether a product of float32 runs in float32 on every platform. With the usual precision, a
     GPU runs it in TF32 and a TPU in bfloat16."""
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether it is a convolution with groups: some factor of a size above 1 indexes its input,
+        kernel and result."""
+        if self.name != "convolution" or self.rule is None:
+            return False
+        dims = (*self.rule.operands, *self.rule.results)
+        first, *others = ({factor for dim in mapping for factor in dim} for mapping in dims)
+        return any(self.rule.sizes[factor] > 1 for factor in first.intersection(*others))
+
 
 CONDITIONALS = ("case", "if")
 """Instructions with branches, of which one runs. A graph has a `Loop` of one trip for each."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from itertools import chain
 
 from partita.errors import PlanError
 from partita.files.schema import SHOWN_NAME, shown
@@ -255,7 +254,8 @@ def illegal_reason(
             "in space too"
         )
     splits_samples_only = uses_all_axes and split == samples
-    if is_convolution and split and _is_grouped(graph, operator) and not splits_samples_only:
+    heaviest = graph.instructions[graph.operators[operator].heavy]
+    if is_convolution and split and heaviest.is_grouped and not splits_samples_only:
         return "a grouped convolution can only be split by S, over every axis"
     return None
 
@@ -282,17 +282,6 @@ def _window_factors(graph: OperatorGraph) -> dict[int, frozenset[int]]:
         positions = frozenset(f for f, dim in dims if not windowed.isdisjoint(dim) and f >= 0)
         factors[number] = factors.get(number, frozenset()) | positions
     return factors
-
-
-def _is_grouped(graph: OperatorGraph, operator: int) -> bool:
-    """Whether a convolution has groups: a factor that indexes its input, kernel and result."""
-    rule = graph.instructions[graph.operators[operator].heavy].rule
-    if rule is None or len(rule.operands) < 2:
-        return False
-    shared = set(range(len(rule.sizes)))
-    for dims in (*rule.operands[:2], rule.results[0]):
-        shared &= set(chain.from_iterable(dims))
-    return any(rule.sizes[factor] > 1 for factor in shared)
 
 
 def first_names(names: Iterable[str]) -> str:
