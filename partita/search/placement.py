@@ -8,9 +8,9 @@ without placement, in order:
 2. Single moves: an operator, a branch, or all equal branches go to another slice, to all slices, or
    to the slice of a neighbour.
 
-Each plan is simulated (`simulation.placed`), unless its kernels alone take too long. This is a hill
-climb, not MCMC: a placed step costs milliseconds, a compiled one microseconds. FlexFlow's proposals
-are single operators (MLSys 2019, section 6.2).
+Each plan is simulated (`simulation.placed`), unless its kernels or one of its links alone take too
+long. This is a hill climb, not MCMC: a placed step costs milliseconds, a compiled one microseconds.
+FlexFlow's proposals are single operators (MLSys 2019, section 6.2).
 """
 
 from __future__ import annotations
@@ -184,7 +184,9 @@ class _Climb:
             return None
         self.patience -= 1
         self.simulated_instructions += len(self.graph.instructions)
-        if step.seconds >= self.best_seconds or not self.fits(step):
+        if step.busy_seconds >= self.best_seconds or step.seconds >= self.best_seconds:
+            return None
+        if not self.fits(step):
             return None
         self.patience = self.max_patience
         self.best_seconds = step.seconds
