@@ -29,6 +29,7 @@ from partita.plans.plan import Mesh, Plan
 from partita.search.candidates import candidates, names_of
 from partita.search.find import PlanResult, find, mesh_of
 from partita.search.pipelines import PipelineSpace, Sketch
+from partita.search.staged_bound import StagedBound
 from partita.simulation.pipelined import PipelinedStep
 
 WAYS = ("rates", "fitted", "measured")
@@ -286,7 +287,7 @@ def pipeline(graph: OperatorGraph, result: PlanResult) -> Plan | None:
     None on one device, and for a step that cannot be cut.
     """
     network = result.network
-    space = PipelineSpace(graph, network.placement, network.terms, math.inf)
+    space = PipelineSpace(StagedBound(graph, network.placement, network.terms), math.inf)
     for shape in space.shapes(1) if space.mesh.axes else ():
         if shape.rematerialize or shape.microbatches != MICROBATCHES * shape.stages:
             continue

@@ -654,9 +654,11 @@ def _with_larger_space(request: _Request, result: PlanResult) -> PlanResult:
     """The result with stages and placement in the space."""
     one_program = result
     result = replace(result, placed_bound_seconds=_placed_bound(request, result))
-    result = _with_stages(request, result)
+    network = result.network
+    staged = StagedBound(request.graph, network.placement, network.terms)
+    result = _with_stages(request, result, staged)
     result = _with_placement(request, result, one_program)
-    return replace(result, staged_bound_seconds=_staged_bound(request, result))
+    return replace(result, staged_bound_seconds=_staged_bound(request, result, staged))
 
 
 def _placed_bound(request: _Request, result: PlanResult) -> float:
@@ -666,23 +668,19 @@ def _placed_bound(request: _Request, result: PlanResult) -> float:
     return min(result.bound_seconds, kernels)
 
 
-def _staged_bound(request: _Request, result: PlanResult) -> float | None:
+def _staged_bound(request: _Request, result: PlanResult, staged: StagedBound) -> float | None:
     """Lower bound of plans with stages; of kernels alone if the devices differ or time is up."""
     if request.machine.kinds or request.clock.share(1.0) == 0.0:
         return result.placed_bound_seconds
-    network = result.network
-    staged = StagedBound(request.graph, network.placement, network.terms)
     return min(result.bound_seconds, staged.seconds(result.bound_seconds))
 
 
-def _with_stages(request: _Request, result: PlanResult) -> PlanResult:
+def _with_stages(request: _Request, result: PlanResult, staged: StagedBound) -> PlanResult:
     """The result with pipeline stages in the space, where all devices are equal."""
     if request.machine.kinds:
         return result
     steps = pipelines(
-        request.graph,
-        result.network.placement,
-        result.network.terms,
+        staged,
         request.limits(request.limit_bytes, STAGES_SHARE),
         limit_seconds=_seconds_to_beat(result),
         bound=result.placed_bound_seconds or 0.0,

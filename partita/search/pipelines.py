@@ -3,7 +3,8 @@
 A *shape* is a number of stages (the slow axes of the mesh number them), of microbatches, and
 rematerialization or not. Three steps lead from shapes to a plan:
 
-1. A lower bound: stages that send nothing. Shapes that cannot beat the best plan are dropped.
+1. Lower bounds: stages that send nothing, then the relaxation of all choices
+   (`search.staged_bound`). Shapes that cannot beat the best plan are dropped.
 2. A *sketch*, some hundredths of a second: operators, equal ones as one (`search.fold`), are split
    over the remaining axes by the exact search, then divided into stages in the order of the model
    (`search.pipeline_division`), for each schedule.
@@ -39,6 +40,7 @@ from partita.search.pipeline_cuts import Cuts, independent
 from partita.search.pipeline_division import Division, PipelineShape, Runs
 from partita.search.portfolio import Limits
 from partita.search.reduce import Reduced, reduce
+from partita.search.staged_bound import StagedBound, StagedShape
 from partita.simulation.pipelined import PipelinedStep
 
 PER_STAGE = (1, 2, 4, 8, 16)
@@ -78,9 +80,7 @@ of a shape."""
 
 
 def pipelines(
-    graph: OperatorGraph,
-    placement: Placement,
-    terms: Terms,
+    staged: StagedBound,
     limits: Limits,
     limit_seconds: float = math.inf,
     bound: float = 0.0,
@@ -91,18 +91,14 @@ def pipelines(
     plan is known to fit (`limit_seconds` is infinite), the search continues until one fits.
 
     Args:
+        staged: The graph on a machine, with the bounds of its shapes.
         limits: Bytes of a device, and a time limit or none.
         bound: Lower bound of the step, for reports.
     """
     start = time.perf_counter()
     sketches = 0
-    simulations = max(MIN_SIMULATIONS, INSTRUCTIONS // max(1, len(graph.instructions)))
-    space = PipelineSpace(
-        graph,
-        placement,
-        terms,
-        limits.budget,
-    )
+    simulations = max(MIN_SIMULATIONS, INSTRUCTIONS // max(1, len(staged.graph.instructions)))
+    space = PipelineSpace(staged, limits.budget)
     queue = _Queue(space)
     best_seconds = limit_seconds
     while True:
@@ -116,6 +112,10 @@ def pipelines(
         if candidate is None:
             return
         if isinstance(candidate, PipelineShape):
+            bound_seconds = space.relaxed_bound(candidate, best_seconds)
+            if bound_seconds >= best_seconds:
+                queue.drop(candidate, bound_seconds)
+                continue
             sketches += 1
             queue.put(space.sketch(candidate, limits.budget, TRIES))
             continue
@@ -189,11 +189,17 @@ class _Queue:
             return
         heapq.heappush(self.sketches, (sketch.seconds, self.count, sketch))
         self.count += 1
-        shape = sketch.shape
-        excess = sketch.seconds / self.space.lower_bound(shape)
+        self._learn(sketch.shape, sketch.seconds)
+
+    def drop(self, shape: PipelineShape, seconds: float) -> None:
+        """Leaves a shape without a sketch. Its lower bound is `seconds`."""
+        self._learn(shape, seconds)
+
+    def _learn(self, shape: PipelineShape, seconds: float) -> None:
+        excess = seconds / self.space.lower_bound(shape)
         self.excess.setdefault(shape.axes, {}).setdefault(shape.microbatches, excess)
-        if sketch.seconds < self.fastest.get(shape.axes, math.inf):
-            self.fastest[shape.axes] = sketch.seconds
+        if seconds < self.fastest.get(shape.axes, math.inf):
+            self.fastest[shape.axes] = seconds
             self.fastest_microbatches[shape.axes] = shape.microbatches
 
     def next(
@@ -268,9 +274,7 @@ class _Queue:
 class PipelineSpace:
     """All shapes of a graph on a mesh, with their bounds, sketches and simulations."""
 
-    graph: OperatorGraph
-    placement: Placement
-    terms: Terms
+    staged: StagedBound
     limit_bytes: float
     simulated: set[int] = field(default_factory=set)
     """Plans that were simulated."""
@@ -280,6 +284,21 @@ class PipelineSpace:
     _networks: dict[tuple[int, int], CostNetwork] = field(default_factory=dict)
     _independent: dict[int, bool] = field(default_factory=dict)
     _experts_on: dict[Mesh, list[Plan]] = field(default_factory=dict)
+
+    @property
+    def graph(self) -> OperatorGraph:
+        """The graph of a step."""
+        return self.staged.graph
+
+    @property
+    def placement(self) -> Placement:
+        """The whole mesh on its machine."""
+        return self.staged.placement
+
+    @property
+    def terms(self) -> Terms:
+        """The cost terms of the graph."""
+        return self.staged.terms
 
     @property
     def mesh(self) -> Mesh:
@@ -347,6 +366,16 @@ class PipelineSpace:
         whole = seconds["forward"] + seconds["backward"]
         pipelined = whole * shape.stages / shape.capacity
         return (pipelined + seconds["update"]) / self.mesh.size
+
+    def relaxed_bound(self, shape: PipelineShape, enough: float) -> float:
+        """Lower bound of a shape by all choices of its operators, or one of `enough` seconds.
+
+        0 for one stage: its relaxation takes longer than a sketch. 0 if no plan is known.
+        """
+        if shape.stages == 1 or math.isinf(enough):
+            return 0.0
+        inner = self.mesh.axes[shape.axes :]
+        return self.staged.of_shape(StagedShape(shape.stages, shape.microbatches, inner), enough)
 
     def min_bytes(self, shape: PipelineShape) -> float:
         """Lower bound of the bytes of one device of each stage, all stages together."""

@@ -31,7 +31,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -101,6 +101,8 @@ class StagedBound:
     graph: OperatorGraph
     placement: Placement
     terms: Terms
+    _relaxed: dict[StagedShape, tuple[Work | None, float]] = field(default_factory=dict, repr=False)
+    """Cache: the work of shapes, and the seconds of a bound that were enough."""
 
     def seconds(self, one_program_seconds: float = 0.0) -> float:
         """Lower bound of a step under every plan whose operators all have a stage.
@@ -152,6 +154,20 @@ class StagedBound:
 
     # ------------------------------------------------------------ bounds of one shape
 
+    def of_shape(self, shape: StagedShape, enough: float) -> float:
+        """Lower bound of a shape, or one that is `enough` seconds.
+
+        The work of relaxed shapes with fewer microbatches comes first.
+        """
+        seconds = self.of_kernels(shape)
+        if self._has_one_bandwidth:
+            for other, (work, _) in self._relaxed.items():
+                if shape.has_more_work(other):
+                    seconds = max(seconds, self.of_work(shape, work))
+        if seconds >= enough:
+            return seconds
+        return max(seconds, self.of_work(shape, self.relaxed(shape, enough)))
+
     def of_kernels(self, shape: StagedShape) -> float:
         """Lower bound of a shape by its kernels and additions, evenly divided."""
         seconds = max(self._kernels_at_work(shape), self._kernels_waiting(shape))
@@ -171,6 +187,16 @@ class StagedBound:
 
         It is the least work that the relaxation proves, or one whose bound is `enough` seconds.
         """
+        if shape in self._relaxed:
+            work, was_enough = self._relaxed[shape]
+            seconds = self.of_work(shape, work)
+            if seconds < was_enough or seconds >= enough:
+                return work
+        work = self._relax(shape, enough)
+        self._relaxed[shape] = work, enough
+        return work
+
+    def _relax(self, shape: StagedShape, enough: float) -> Work | None:
         waits = self._kernels_waiting(shape) > self._kernels_at_work(shape)
         times = Times(
             once=0.0 if waits else 1.0,

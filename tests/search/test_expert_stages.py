@@ -17,6 +17,7 @@ from partita.search.find import mesh_of
 from partita.search.optional import BestStep
 from partita.search.pipelines import PipelineSpace, pipelines
 from partita.search.portfolio import Limits
+from partita.search.staged_bound import StagedBound
 from partita.simulation.pipelined import PipelinedStep
 
 BLOCKS = 8
@@ -92,7 +93,7 @@ def test_what_is_found_is_no_slower_than_an_experts_pipeline_in_the_same_memory(
     )
     placement = Placement(where, mesh_of(where))
     search = BestStep()
-    search.follow(pipelines(graph, placement, terms, Limits(expert.peak_bytes)))
+    search.follow(pipelines(StagedBound(graph, placement, terms), Limits(expert.peak_bytes)))
     best = search.step
     assert best is not None and best.peak_bytes <= expert.peak_bytes
     assert best.seconds <= expert.seconds
@@ -103,7 +104,7 @@ def test_a_sketch_is_near_what_is_simulated_and_what_it_leaves_out_is_not_below_
 ) -> None:
     where = machine()
     placement = Placement(where, mesh_of(where))
-    space = PipelineSpace(graph, placement, terms, int(where.memory_bytes))
+    space = PipelineSpace(StagedBound(graph, placement, terms), int(where.memory_bytes))
     near = []
     shapes = [s for axes in range(5) for s in space.shapes(axes) if s.microbatches > 1]
     for shape in shapes[::7]:
@@ -131,7 +132,7 @@ def test_the_first_simulated_memory_gives_the_share_of_activations_that_stages_s
 ) -> None:
     where = machine()
     placement = Placement(where, mesh_of(where))
-    space = PipelineSpace(graph, placement, terms, int(where.memory_bytes))
+    space = PipelineSpace(StagedBound(graph, placement, terms), int(where.memory_bytes))
     shape = next(s for s in space.shapes(2) if s.microbatches == 32 and not s.rematerialize)
     sketch = space.sketch(shape, space.limit_bytes, 1)
     assert sketch is not None

@@ -27,6 +27,7 @@ from partita.search.network import CostNetwork
 from partita.search.optional import BestStep
 from partita.search.pipelines import pipelines
 from partita.search.portfolio import Limits
+from partita.search.staged_bound import StagedBound
 from partita.simulation.base import SimulatedStep
 from partita.simulation.simulate import predicted, simulated_step
 
@@ -41,7 +42,8 @@ def fastest(
 ) -> SimulatedStep | None:
     """The fastest pipeline of a search."""
     best = BestStep()
-    best.follow(pipelines(graph, Placement(machine, mesh_of(machine)), terms, limits))
+    staged = StagedBound(graph, Placement(machine, mesh_of(machine)), terms)
+    best.follow(pipelines(staged, limits))
     return best.step
 
 

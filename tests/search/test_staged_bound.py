@@ -18,6 +18,9 @@ from partita.plans.plan import Mesh, Plan
 from partita.search import relaxation
 from partita.search.candidates import candidates, names_of
 from partita.search.find import mesh_of
+from partita.search.pipeline_division import PipelineShape
+from partita.search.pipelines import PipelineSpace, pipelines
+from partita.search.portfolio import Limits
 from partita.search.staged_bound import Spine, StagedBound, StagedShape, heaviest_cut
 from partita.simulation import pipelined
 from partita.simulation.pipelined import PipelinedStep
@@ -78,7 +81,8 @@ def test_no_plan_with_stages_is_below_the_bound_of_its_shape(name: str, overlap:
     shapes = [s for s in bound.shapes() if s.microbatches > 1]
     ratios = []
     for shape in draw.sample(shapes, SHAPES):
-        least = max(bound.of_kernels(shape), bound.of_work(shape, bound.relaxed(shape)))
+        least = bound.of_shape(shape, np.inf)
+        assert least == max(bound.of_kernels(shape), bound.of_work(shape, bound.relaxed(shape)))
         for plan in random_plans(bound, shape, draw):
             try:
                 step = PipelinedStep.of(bound.graph, machine, plan, bound.terms)
@@ -99,11 +103,31 @@ def test_relaxations_stop_at_a_bound_that_is_enough(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(relaxation._Relaxation, "sweep", counted)
     bound = staged_bound(GRAPHS["transformer"], load("dgx-h100:2"))
     shape = next(s for s in bound.shapes() if s.stages == 2 and s.microbatches == 4)
-    most = bound.of_work(shape, bound.relaxed(shape))
+    half = 0.5 * staged_bound(bound.graph, bound.placement.machine).of_shape(shape, np.inf)
     sweeps = len(swept)
     swept.clear()
-    assert 0.5 * most <= bound.of_work(shape, bound.relaxed(shape, 0.5 * most)) <= most
+    assert half <= bound.of_work(shape, bound.relaxed(shape, half)) <= 2 * half
     assert len(swept) < sweeps
+    assert bound.of_work(shape, bound.relaxed(shape)) == 2 * half  # more than was enough
+    swept.clear()
+    assert bound.of_shape(shape, half) == bound.of_shape(shape, np.inf) == 2 * half
+    assert not swept
+
+
+def test_shapes_that_cannot_beat_the_best_plan_are_not_sketched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bound = staged_bound(GRAPHS["transformer"], load("dgx-h100:2"))
+    sketched: list[PipelineShape] = []
+    monkeypatch.setattr(PipelineSpace, "sketch", lambda _, shape, *__: sketched.append(shape))
+    space = PipelineSpace(bound, 1 << 40)
+    shapes = [s for axes in range(5) for s in space.shapes(axes) if s.stages > 1]
+    seconds = sorted(space.relaxed_bound(shape, 1e9) for shape in shapes)
+    limit_seconds = seconds[len(seconds) // 2]
+    assert not list(pipelines(bound, Limits(), limit_seconds))
+    staged = {shape for shape in sketched if shape.stages > 1}
+    assert staged == {s for s in shapes if space.relaxed_bound(s, 1e9) < limit_seconds}
+    assert len(staged) < sum(space.lower_bound(shape) < limit_seconds for shape in shapes)
 
 
 def test_additions_of_gradients_are_those_of_the_simulator(
