@@ -2,10 +2,11 @@
 
 torchax 0.0.13 differs from PyTorch in silence. Mended here: running statistics of batch
 normalizations, gradients through `torch.detach` and `torch.no_grad`, grouped transposed
-convolutions, embeddings and their bags, classes out of range, multi-label margins, distances,
-solutions of linear systems, tensors made without a device or moved to another one. Refused here:
-custom backward functions, gradients by PyTorch, `tensor.data`, and changes in place that another
-tensor would show, because JAX's arrays share no memory.
+convolutions, embeddings and their bags, classes out of range, multi-label margins, distances and
+norms, average pooling, random numbers (`noise`), solutions of linear systems, tensors made without
+a device or moved to another one. Refused here: custom backward functions, gradients by PyTorch,
+generators, `tensor.data`, and changes in place that another tensor would show, because JAX's
+arrays share no memory.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -25,6 +26,7 @@ import numpy as np
 
 from partita.capture.names import MODULE_SCOPE
 from partita.errors import CaptureError
+from partita.torch import noise
 from partita.torch.extra import Package
 from partita.torch.recurrent import CELLS, network
 
@@ -68,6 +70,14 @@ def environment() -> Environment:
 
         def _should_use_torchax_tensor(self, device: Any) -> bool:
             return device is None or super()._should_use_torchax_tensor(device)
+
+        def get_and_rotate_prng_key(self, generator: Any = None) -> Any:
+            if generator is not None:
+                raise CaptureError(
+                    "The forward pass draws from a generator of PyTorch, which stays as it is in a "
+                    "compiled step. Remove generator=, and give the step a seed."
+                )
+            return super().get_and_rotate_prng_key()
 
         def _to_copy(self, the_tensor: Any, new_dtype: Any, new_device: Any) -> Any:
             # A step runs on the devices of its plan: moves to others have no effect.
@@ -113,6 +123,15 @@ def environment() -> Environment:
     completed.override_op_definition(functional.multilabel_margin_loss, _multilabel_margin_loss)
     completed.override_op_definition(torch.cdist, _distances)
     completed.override_op_definition(functional.pdist, _distances_of_pairs)
+    completed.override_op_definition(torch.dist, _distance)
+    completed.override_op_definition(torch.ops.aten.linalg_vector_norm, _vector_norm)
+    for pooling in ("avg_pool1d", "avg_pool2d", "avg_pool3d"):
+        completed.override_op_definition(getattr(torch.ops.aten, pooling), _average_pooling)
+    completed.override_op_definition(torch.normal, _normal)
+    for name, draw in noise.FILLS.items():
+        fill = functools.partial(_filled, draw)
+        completed.override_op_definition(getattr(torch.Tensor, name), fill)
+        completed.override_op_definition(getattr(torch.ops.aten, name), fill)
     for convolution in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d):
         by_group = functools.partial(_transposed_convolution, convolution)
         completed.override_op_definition(convolution, by_group)
@@ -562,10 +581,10 @@ def _length(differences: jax.Array, p: float) -> jax.Array:
     """The p-norm of the last dim, whose gradient is 0 where all differences are 0."""
     sizes = jnp.abs(differences)
     if math.isinf(p):
-        return sizes.max(axis=-1)
+        return sizes.max(axis=-1) if p > 0 else sizes.min(axis=-1)
     if p == 0:
         return (sizes != 0).sum(axis=-1).astype(sizes.dtype)
-    powers = jnp.sum(sizes**p, axis=-1)
+    powers = jnp.where(sizes > 0, jnp.where(sizes > 0, sizes, 1) ** p, 0).sum(axis=-1)
     return jnp.where(powers > 0, jnp.where(powers > 0, powers, 1) ** (1 / p), 0)
 
 
@@ -584,6 +603,96 @@ def _distances_of_pairs(input: Tensor, p: float = 2.0) -> Tensor:
     first, second = np.triu_indices(input.shape[0], 1)
     rows = input.jax()
     return _tensor(_length(rows[first] - rows[second], p))
+
+
+def _distance(input: Tensor, other: Tensor, p: float = 2.0) -> Tensor:
+    """`torch.dist`, as `_distances`."""
+    return _tensor(_length((input - other).jax().reshape(-1), p))
+
+
+def _vector_norm(
+    input: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    """`torch.linalg.vector_norm`, whose gradient is 0 for zeros; torchax's is not a number."""
+    values = (input if dtype is None else input.to(dtype)).jax()
+    dims = range(values.ndim) if dim is None or dim == [] else np.atleast_1d(dim).tolist()
+    dims = [d % max(1, values.ndim) for d in dims]
+    others = [d for d in range(values.ndim) if d not in dims]
+    shape = [values.shape[d] for d in others]
+    result = _length(values.transpose(others + dims).reshape(*shape, -1), float(ord))
+    return _tensor(jnp.expand_dims(result, sorted(dims)) if keepdim else result)
+
+
+def _average_pooling(
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int] = (),
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """`torch.nn.functional.avg_pool2d` and its like; torchax counts other elements for windows
+    that begin in the padding and end outside of it."""
+    values = input.jax()
+    dims = len(kernel_size)
+    outer = (1,) * (values.ndim - dims)
+    strides = tuple(stride) or tuple(kernel_size)
+    paddings = np.broadcast_to(padding, dims).tolist()
+    beyond = []
+    """Per dim, elements of the last window behind the padding; below 0 for a rest without one."""
+    for size, window, step, pad in zip(
+        values.shape[-dims:], kernel_size, strides, paddings, strict=True
+    ):
+        rest = size + 2 * pad - window
+        last = math.ceil(rest / step) if ceil_mode else rest // step
+        last -= ceil_mode and last * step >= size + pad
+        beyond.append(last * step - rest)
+
+    def sums(array: jax.Array, before: Sequence[int], after: Sequence[int]) -> jax.Array:
+        zero = np.zeros((), array.dtype)
+        pads = [(0, 0, 0)] * len(outer) + [(*ends, 0) for ends in zip(before, after, strict=True)]
+        array = jax.lax.pad(array, zero, pads)
+        windows = (*outer, *kernel_size)
+        return jax.lax.reduce_window(array, zero, jax.lax.add, windows, (*outer, *strides), "VALID")
+
+    ends = [pad + more for pad, more in zip(paddings, beyond, strict=True)]
+    total = sums(values, paddings, ends)
+    if divisor_override is not None:
+        return _tensor((total / divisor_override).astype(values.dtype))
+    sizes = values.shape[-dims:]
+    if count_include_pad:
+        sizes = [size + 2 * pad for size, pad in zip(sizes, paddings, strict=True)]
+        paddings, ends = [0] * dims, beyond
+    count = sums(jnp.ones((*outer, *sizes), values.dtype), paddings, ends)
+    return _tensor((total / count).astype(values.dtype))
+
+
+def _normal(
+    mean: Any = 0.0,
+    std: Any = 1.0,
+    size: Any = None,
+    *,
+    generator: Any = None,
+    dtype: Any = None,
+    **options: Any,
+) -> Tensor:
+    """`torch.normal` of tensors and numbers; it has no gradient."""
+    mean, std = unwrapped((mean, std))
+    shape = jnp.broadcast_shapes(jnp.shape(mean), jnp.shape(std)) if size is None else tuple(size)
+    key = environment().get_and_rotate_prng_key(generator)
+    result = _tensor(jax.lax.stop_gradient(noise.normal(key, shape, mean, std)))
+    return result if dtype is None else result.to(dtype)
+
+
+def _filled(
+    draw: Any, target: Tensor, *parameters: Any, generator: Any = None, **named: Any
+) -> Tensor:
+    """A tensor filled in place with random numbers of some parameters."""
+    key = environment().get_and_rotate_prng_key(generator)
+    given, named = unwrapped((parameters, named))
+    target._elem = draw(key, tuple(target.shape), *given, **named).astype(target.jax().dtype)
+    return target
 
 
 def _solve(a: Tensor, b: Tensor, *, left: bool = True) -> Tensor:

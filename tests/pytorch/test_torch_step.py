@@ -267,6 +267,99 @@ def test_operations_that_torchax_lacks_are_those_of_torch() -> None:
     assert_trains_as_torch(step, module, batches())
 
 
+OPERATIONS: dict[str, Callable[[Any], Any]] = {
+    "norm of zeros": lambda p: functional.normalize(p * torch.tensor([[1.0], [0.0], [1.0]])),
+    "3-norm of zeros": lambda p: functional.normalize(p * torch.tensor([[1.0], [0.0], [1.0]]), 3),
+    "norm below 1": lambda p: p.relu().norm(0.5, 1),
+    "least of 2 dims": lambda p: torch.linalg.vector_norm(p.view(3, 2, 4), -np.inf, (0, 2), True),
+    "distance of equals": lambda p: torch.dist(p, p.detach()) + torch.dist(p, p.detach() + 1, 3),
+    "ceil": lambda p: functional.avg_pool1d(p, 3, 2, 1, True),
+    "ceil of two": lambda p: functional.avg_pool2d(p.view(1, 3, 2, 4), 3, 2, 1, True),
+    "ceil without padding": lambda p: functional.avg_pool1d(p, 3, 2, 1, True, False),
+    "rest": lambda p: functional.avg_pool2d(p.view(1, 3, 2, 4), 2, 3, 1, divisor_override=3),
+}
+
+
+class Operations(nn.Module):
+    """Each operation over a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parameters = (nn.Parameter(torch.randn(3, 8)) for _ in OPERATIONS)
+        self.given = nn.ParameterList(parameters)
+
+    def forward(self, x: Any) -> Any:
+        return [make(p) for make, p in zip(OPERATIONS.values(), self.given, strict=True)]
+
+
+def test_each_operation_has_the_value_and_the_gradient_of_torch() -> None:
+    def loss(outputs: Any, targets: Any) -> Any:
+        return sum((output * output.detach().cos()).sum() for output in outputs)
+
+    torch.manual_seed(0)
+    module = Operations()
+    step = partita.torch.training_step(module, loss, sgd(module))
+    ours = float(step((torch.zeros(1), torch.zeros(1))))
+    optimizer = sgd(module)
+    expected = loss(module(None), None)
+    expected.backward()
+    optimizer.step()
+    assert ours == pytest.approx(float(expected.detach()), rel=1e-5)
+    for name, index in zip(OPERATIONS, range(len(OPERATIONS)), strict=True):
+        given = step.state_dict()[f"given.{index}"]
+        torch.testing.assert_close(given, module.given[index].detach(), msg=name)
+
+
+DRAWS: dict[str, Callable[[Any], Any]] = {
+    "normal": lambda ones: torch.normal(2 * ones, 0.5 * ones),
+    "normal of a number": lambda ones: torch.normal(2 * ones, 0.5),
+    "normal of numbers": lambda ones: torch.normal(2.0, 0.5, ones.shape),
+    "normal_": lambda ones: torch.empty_like(ones).normal_(2, std=0.5),
+    "random_": lambda ones: torch.empty_like(ones).random_(3, 9),
+    "random_ below": lambda ones: torch.empty_like(ones).random_(4),
+    "exponential_": lambda ones: torch.empty_like(ones).exponential_(2),
+    "cauchy_": lambda ones: torch.empty_like(ones).cauchy_(1, 0.5).clamp(-3, 3),
+    "bernoulli_": lambda ones: torch.empty_like(ones).bernoulli_(0.8 * ones),
+    "gumbel": lambda ones: functional.gumbel_softmax(ones.view(-1, 2)),
+}
+
+
+class Draws(nn.Module):
+    """Buffers with random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        for index in range(len(DRAWS)):
+            self.register_buffer(f"drawn{index}", torch.zeros(20_000))
+
+    def forward(self, x: Any) -> Any:
+        for index, draw in enumerate(DRAWS.values()):
+            setattr(self, f"drawn{index}", draw(torch.ones(20_000)).flatten())
+        return self.weight.sum()
+
+
+def test_random_numbers_have_the_distribution_of_torch() -> None:
+    torch.manual_seed(0)
+    module = Draws()
+    step = partita.torch.training_step(module, None, sgd(module))
+    step(torch.zeros(1))
+    first = step.state_dict()
+    step(torch.zeros(1))
+    second = step.state_dict()
+    module(None)
+    parts = torch.tensor([0.07, 0.3, 0.7, 0.93])
+    for index, name in enumerate(DRAWS):
+        ours = first[f"drawn{index}"]
+        theirs = getattr(module, f"drawn{index}")
+        assert not torch.equal(ours, second[f"drawn{index}"]), name
+        assert ours.frac().any() == theirs.frac().any(), name
+        for statistic in (torch.mean, torch.std, lambda x: torch.quantile(x, parts)):
+            torch.testing.assert_close(
+                statistic(ours), statistic(theirs), rtol=0.05, atol=0.05, msg=name
+            )
+
+
 def test_a_submodule_of_two_names_is_the_users_own_afterwards() -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
@@ -418,6 +511,11 @@ class View(Branches):
         return y
 
 
+class Generated(Branches):
+    def forward(self, x: Any) -> Any:
+        return self.dense(x) * torch.rand(1, generator=torch.Generator())
+
+
 class Chosen(Branches):
     def forward(self, x: Any) -> Any:
         y = self.dense(x)
@@ -434,6 +532,7 @@ REFUSED = {
     r"return torch.from_numpy.* Write torch.where": (ToNumpy, sgd),
     "changes a view in place": (View, sgd),
     "bags of several lengths": (Bags, sgd),
+    "draws from a generator": (Generated, sgd),
     "running statistics of an instance": (
         lambda: nn.InstanceNorm1d(12, affine=True, track_running_stats=True),
         sgd,
