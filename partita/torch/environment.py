@@ -2,9 +2,9 @@
 
 torchax 0.0.13 differs from PyTorch in silence. Mended here: running statistics of batch
 normalizations, gradients through `torch.detach` and `torch.no_grad`, grouped transposed
-convolutions, embeddings and their bags, classes out of range, multi-label margins, distances and
-norms, average pooling, random numbers (`noise`), solutions of linear systems, tensors made without
-a device or moved to another one. Refused here: custom backward functions, gradients by PyTorch,
+convolutions, embeddings and their bags, classes out of range, some losses, distances and norms,
+average pooling, random numbers (`noise`), solutions of linear systems, tensors made without a
+device or moved to another one. Refused here: custom backward functions, gradients by PyTorch,
 generators, `tensor.data`, and changes in place that another tensor would show, because JAX's
 arrays share no memory.
 """
@@ -121,6 +121,8 @@ def environment() -> Environment:
         completed.override_op_definition(loss, functools.partial(_loss_of_classes, loss))
     completed.override_op_definition(torch.linalg.solve, _solve)
     completed.override_op_definition(functional.multilabel_margin_loss, _multilabel_margin_loss)
+    completed.override_op_definition(functional.gaussian_nll_loss, _gaussian_nll_loss)
+    completed.override_op_definition(torch.ops.aten.binary_cross_entropy, _binary_cross_entropy)
     completed.override_op_definition(torch.cdist, _distances)
     completed.override_op_definition(functional.pdist, _distances_of_pairs)
     completed.override_op_definition(torch.dist, _distance)
@@ -572,9 +574,65 @@ def _multilabel_margin_loss(
     margins = jnp.maximum(0, 1 - of_labels[:, :, None] + rows[:, None, :])
     counts = is_label[:, :, None] & ~is_target[:, None, :]
     losses = jnp.where(counts, margins, 0).sum(axis=(1, 2)) / count
-    if reduction == "none":
-        return _tensor(losses if input.dim() > 1 else losses[0])
-    return _tensor(losses.mean() if reduction == "mean" else losses.sum())
+    return _reduced(_tensor(losses if input.dim() > 1 else losses[0]), reduction)
+
+
+def _reduced(losses: Tensor, reduction: str | int) -> Tensor:
+    """Losses by a reduction of PyTorch: its name, or its number in operations."""
+    if reduction in ("none", 0):
+        return losses
+    return losses.mean() if reduction in ("mean", 1) else losses.sum()
+
+
+def _gaussian_nll_loss(
+    input: Tensor,
+    target: Tensor,
+    var: Any,
+    full: bool = False,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+) -> Tensor:
+    """`torch.nn.functional.gaussian_nll_loss`, without its look at the variances: not a number
+    for one below 0, where PyTorch raises."""
+    var = var if isinstance(var, torch.Tensor) else var * torch.ones_like(input)
+    if var.shape == input.shape[:-1]:
+        var = var.unsqueeze(-1)
+    if var.shape not in (input.shape, (*input.shape[:-1], 1)):
+        raise ValueError(f"variances of {list(var.shape)} for outputs of {list(input.shape)}")
+    bounded = torch.where(var < 0, torch.nan, var.clamp(min=eps))
+    var = var + (bounded - var).detach()
+    losses = 0.5 * (var.log() + (input - target) ** 2 / var)
+    return _reduced(losses + 0.5 * math.log(2 * math.pi) if full else losses, reduction)
+
+
+LEAST_LOG = -100.0
+"""Bound of the logarithms of a binary cross-entropy, as in PyTorch."""
+
+
+def _bounded_log(shares: jax.Array) -> jax.Array:
+    return jnp.maximum(jnp.log(shares), LEAST_LOG)
+
+
+@jax.custom_jvp
+def _entropies(shares: jax.Array, targets: jax.Array) -> jax.Array:
+    """Binary cross-entropies, with the gradient of PyTorch where a share is 0 or 1."""
+    return -targets * _bounded_log(shares) - (1 - targets) * _bounded_log(1 - shares)
+
+
+@_entropies.defjvp
+def _entropies_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    shares, targets = primals
+    by_share = (shares - targets) / jnp.maximum((1 - shares) * shares, 1e-12)
+    by_target = _bounded_log(1 - shares) - _bounded_log(shares)
+    return _entropies(shares, targets), by_share * tangents[0] + by_target * tangents[1]
+
+
+def _binary_cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1
+) -> Tensor:
+    """`torch.nn.functional.binary_cross_entropy`; torchax has no gradient at 0 and 1."""
+    losses = _tensor(_entropies(input.jax(), target.jax()))
+    return _reduced(losses if weight is None else losses * weight, reduction)
 
 
 def _length(differences: jax.Array, p: float) -> jax.Array:

@@ -273,6 +273,10 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "norm below 1": lambda p: p.relu().norm(0.5, 1),
     "least of 2 dims": lambda p: torch.linalg.vector_norm(p.view(3, 2, 4), -np.inf, (0, 2), True),
     "distance of equals": lambda p: torch.dist(p, p.detach()) + torch.dist(p, p.detach() + 1, 3),
+    "certain shares": lambda p: functional.binary_cross_entropy(
+        (300 * p).sigmoid(), (p.detach() > 0.5).float(), p.detach().abs(), reduction="none"
+    ),
+    "Gauss": lambda p: functional.gaussian_nll_loss(p, p.roll(1), p.abs() / 9, True, 0.1),
     "ceil": lambda p: functional.avg_pool1d(p, 3, 2, 1, True),
     "ceil of two": lambda p: functional.avg_pool2d(p.view(1, 3, 2, 4), 3, 2, 1, True),
     "ceil without padding": lambda p: functional.avg_pool1d(p, 3, 2, 1, True, False),
