@@ -2,11 +2,11 @@
 
 torchax 0.0.13 differs from PyTorch in silence. Mended here: running statistics of batch
 normalizations, gradients through `torch.detach` and `torch.no_grad`, grouped transposed
-convolutions, embeddings and their bags, classes out of range, some losses, distances and norms,
-average pooling, random numbers (`noise`), solutions of linear systems, tensors made without a
-device or moved to another one. Refused here: custom backward functions, gradients by PyTorch,
-generators, `tensor.data`, and changes in place that another tensor would show, because JAX's
-arrays share no memory.
+convolutions, attention to nothing, embeddings and their bags, classes out of range, some losses,
+distances and norms, average pooling, random numbers (`noise`), solutions of linear systems,
+tensors made without a device or moved to another one. Refused here: custom backward functions,
+gradients by PyTorch, generators, `tensor.data`, and changes in place that another tensor would
+show, because JAX's arrays share no memory.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch.nn.modules.batchnorm as torch_norms
     import torch.utils._pytree as torch_tree
     import torch.utils.hooks as torch_hooks
+    import torchax.ops.jtorch as torchax_functions
     import torchax.tensor as torchax
     from torch.nn.modules import module as torch_modules
     from torchax.tensor import Environment, Tensor
@@ -45,6 +46,7 @@ else:
     torch_tree = Package("torch.utils._pytree")
     torch_hooks = Package("torch.utils.hooks")
     torchax = Package("torchax.tensor")
+    torchax_functions = Package("torchax.ops.jtorch")
 
 
 AUTOCAST_IGNORED = (
@@ -115,6 +117,9 @@ def environment() -> Environment:
     completed.override_op_definition(functional.batch_norm, _batch_norm)
     completed.override_op_definition(functional.embedding, _embedding)
     completed.override_op_definition(functional.embedding_bag, _embedding_bag)
+    for attention in (functional, torch.ops.aten):
+        function = attention.scaled_dot_product_attention
+        completed.override_op_definition(function, _attention)
     for move in (torch.Tensor.cpu, torch.Tensor.cuda):
         completed.override_op_definition(move, lambda tensor, *args, **kwargs: tensor)
     for loss in (functional.cross_entropy, functional.nll_loss):
@@ -456,6 +461,21 @@ def _batch_norm(
     if bias is not None:
         result = result + bias.jax().reshape(shape)
     return _tensor(result.astype(values.dtype))
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, which is 0 where a mask leaves nothing;
+    torchax's is not a number."""
+    attend = torchax_functions.scaled_dot_product_attention
+    if attn_mask is None:
+        return attend(query, key, value, **options)
+    is_allowed = attn_mask if attn_mask.dtype == torch.bool else attn_mask != -torch.inf
+    is_any = is_allowed.any(-1, keepdim=True)
+    everything = torch.zeros_like(attn_mask) == 0 if attn_mask.dtype == torch.bool else 0.0
+    mask = torch.where(is_any, attn_mask, everything)
+    return torch.where(is_any, attend(query, key, value, mask, **options), 0.0)
 
 
 def _check_embedding(kind: str, max_norm: float | None, scale_grad_by_freq: bool) -> None:

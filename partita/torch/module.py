@@ -246,14 +246,18 @@ class ModuleNetwork:
     names: Names
 
     def loss_of(self, trained: Arrays, fixed: Arrays, key: Any, batch: Any) -> tuple[Any, Arrays]:
-        """(the loss, the new buffers) of one forward pass."""
+        """(the loss, the arrays that are fixed or changed) of one forward pass.
+
+        A forward pass may change trained arrays too, under `torch.no_grad()`.
+        """
         with explained(self.module), tracing(self.module, key):
             inputs, targets = self._split(wrapped(batch))
             outputs, arrays = self._call(trained, fixed, inputs)
             with jax.named_scope(MODULE_SCOPE + LOSS_SCOPE):
                 value = self._value(outputs, targets)
-        new_fixed = {name: jax.lax.stop_gradient(arrays[name]) for name in self.names.fixed}
-        return unwrapped(value), new_fixed
+        changed = [name for name in trained if arrays[name] is not trained[name]]
+        names = (*self.names.fixed, *changed)
+        return unwrapped(value), {name: jax.lax.stop_gradient(arrays[name]) for name in names}
 
     def outputs_of(self, trained: Arrays, fixed: Arrays, key: Any, inputs: Any) -> Any:
         """The module's outputs, as JAX arrays."""

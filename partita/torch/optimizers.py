@@ -134,6 +134,12 @@ def _from_torch(
         for parameter in group["params"]:
             if id(parameter) in name_of:
                 group_of[name_of[id(parameter)]] = number
+    is_complex = any(tensors[name].is_complex() for name in trained)
+    if is_complex and not isinstance(given, torch.optim.SGD):
+        raise CaptureError(
+            f"'{type(given).__name__}' takes the parts of complex weights for weights of their "
+            "own, and Optax does not. Use SGD, or hold both parts in real parameters."
+        )
     forgotten = [name for name in trained if name not in group_of]
     if forgotten:
         raise CaptureError(
@@ -232,7 +238,7 @@ _FORMULAS: dict[str, Callable[[Mapping[str, Any]], Transformation]] = {
 
 def clipped(grads: Any, limit: float) -> Any:
     """Gradients of at most a total norm, as `torch.nn.utils.clip_grad_norm_` clips them."""
-    squares = [jnp.sum(jnp.square(grad)) for grad in jax.tree.leaves(grads)]
+    squares = [jnp.sum(jnp.square(jnp.abs(grad))) for grad in jax.tree.leaves(grads)]
     factor = jnp.minimum(1.0, limit / (jnp.sqrt(sum(squares)) + 1e-6))
     return jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, Unpack
 
 import jax
+import jax.numpy as jnp
 
 from partita import api
 from partita.errors import CaptureError
@@ -101,7 +102,7 @@ class TrainingStep:
             return self.network.loss_of(noted, state.buffers, key, batch)
 
         with explained(self.network.module):
-            (loss, buffers), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+            (loss, after), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         if not reached:
             if any(0 in leaf.shape for leaf in jax.tree.leaves(batch) if hasattr(leaf, "shape")):
                 raise CaptureError("The batch is empty: give at least one sample.")
@@ -110,12 +111,16 @@ class TrainingStep:
                 "remove detach() and torch.no_grad() from its computation."
             )
         self._note_reached(reached)
+        # PyTorch's gradients of complex numbers are the conjugates of JAX's.
+        grads = jax.tree.map(jnp.conj, grads)
         if self.clip_norm is not None:
             grads = clipped(grads, self.clip_norm)
         if self.optimizer.source is not None:
             # PyTorch's optimizers leave parameters without a gradient as they are.
             grads = {name: grad if name in reached else None for name, grad in grads.items()}
-        params, optimizer = self.optimizer.updated(grads, state.optimizer, state.params, rates)
+        params = {name: after.get(name, array) for name, array in state.params.items()}
+        buffers = {name: after[name] for name in self.network.names.fixed}
+        params, optimizer = self.optimizer.updated(grads, state.optimizer, params, rates)
         return State(params, optimizer, buffers, next_key), loss
 
     def _note_reached(self, reached: set[str]) -> None:
@@ -258,7 +263,7 @@ def _noted(array: Any, name: str, reached: set[str]) -> Any:
 
 
 def _as_tensor(array: Any) -> torch.Tensor:
-    return torch.from_numpy(jax.device_get(array).copy())
+    return to_torch(jax.device_get(array), getattr(torch, str(array.dtype)))
 
 
 def training_step(

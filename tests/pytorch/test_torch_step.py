@@ -277,6 +277,12 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
         (300 * p).sigmoid(), (p.detach() > 0.5).float(), p.detach().abs(), reduction="none"
     ),
     "Gauss": lambda p: functional.gaussian_nll_loss(p, p.roll(1), p.abs() / 9, True, 0.1),
+    "attention to nothing": lambda p: functional.scaled_dot_product_attention(
+        p, p, p, torch.tensor([[False, False, False], [True, False, True], [True, True, True]])
+    ),
+    "attention to less": lambda p: functional.scaled_dot_product_attention(
+        p, p, p, torch.tensor([[-1.0], [-np.inf], [0.0]])
+    ),
     "ceil": lambda p: functional.avg_pool1d(p, 3, 2, 1, True),
     "ceil of two": lambda p: functional.avg_pool2d(p.view(1, 3, 2, 4), 3, 2, 1, True),
     "ceil without padding": lambda p: functional.avg_pool1d(p, 3, 2, 1, True, False),
@@ -468,6 +474,15 @@ def test_a_module_may_return_its_loss_and_take_a_dict() -> None:
     assert float(step({"features": x, "labels": y.numpy()})) == pytest.approx(expected, rel=1e-5)
 
 
+class Complex(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, CLASSES, dtype=torch.cfloat))
+
+    def forward(self, x: Any) -> Any:
+        return (x.to(torch.cfloat) @ self.weight).abs()
+
+
 class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -566,6 +581,7 @@ REFUSED = {
         perceptron,
         lambda m: torch.optim.SGD(list(m.parameters())[:4], 0.1),
     ),
+    "'Adam' takes the parts of complex": (Complex, lambda m: torch.optim.Adam(m.parameters())),
     "A str is no optimizer": (perceptron, lambda m: "adam"),
     "no parameter that requires a gradient": (
         lambda: perceptron().requires_grad_(False),
@@ -760,6 +776,34 @@ def test_parameters_without_a_gradient_keep_their_momentum() -> None:
             )
         results.append(losses)
     np.testing.assert_allclose(*results, rtol=1e-5)
+
+
+def test_complex_weights_move_as_in_torch() -> None:
+    torch.manual_seed(0)
+    module = Complex()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    assert_trains_as_torch(step, module, batches())
+
+
+def test_predictions_in_bfloat16_are_tensors() -> None:
+    module = nn.Linear(12, CLASSES).bfloat16()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    x = batches(1)[0][0].bfloat16()
+    torch.testing.assert_close(step.predict(x), module(x).detach())
+
+
+class Bounded(Branches):
+    def forward(self, x: Any) -> Any:
+        with torch.no_grad():
+            self.dense.weight.clamp_(-0.1, 0.1)
+        return self.dense(x)
+
+
+def test_parameters_that_the_forward_pass_changes_stay_changed() -> None:
+    torch.manual_seed(0)
+    module = Bounded()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    assert_trains_as_torch(step, module, batches())
 
 
 def test_a_module_given_to_parallelize_names_the_way() -> None:
