@@ -83,11 +83,11 @@ def environment() -> Environment:
 
         def _to_copy(self, the_tensor: Any, new_dtype: Any, new_device: Any) -> Any:
             # A step runs on the devices of its plan: moves to others have no effect.
-            device = None if _is_traced(the_tensor) else new_device
+            device = None if is_traced(the_tensor) else new_device
             return super()._to_copy(the_tensor, new_dtype, device)
 
         def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-            if func == torch.Tensor.requires_grad.__get__ and _is_traced(args[0]):
+            if func == torch.Tensor.requires_grad.__get__ and is_traced(args[0]):
                 return _requires_gradient(args[0])
             name = _name_of(func)
             args, kwargs = _on_jax(name, args, kwargs or {})
@@ -167,7 +167,7 @@ def _name_of(func: Any) -> str:
     return name.rpartition("::")[2].partition(".")[0]
 
 
-def _is_traced(value: Any) -> bool:
+def is_traced(value: Any) -> bool:
     """Whether a value is a torchax tensor or a view of one."""
     return isinstance(value, (torchax.Tensor, torchax.View))
 
@@ -175,8 +175,8 @@ def _is_traced(value: Any) -> bool:
 def _on_jax(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Arguments with constants of PyTorch as torchax tensors, where they meet torchax tensors."""
     leaves = torch_tree.tree_leaves((args, kwargs))
-    constants = [x for x in leaves if isinstance(x, torch.Tensor) and not _is_traced(x)]
-    if not constants or not any(_is_traced(leaf) for leaf in leaves):
+    constants = [x for x in leaves if isinstance(x, torch.Tensor) and not is_traced(x)]
+    if not constants or not any(is_traced(leaf) for leaf in leaves):
         return args, kwargs
     if name.endswith("_") and args and args[0] is constants[0]:
         raise CaptureError(
@@ -185,7 +185,7 @@ def _on_jax(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         )
 
     def convert(tensor: Any) -> Any:
-        return tensor if _is_traced(tensor) else environment().to_xla(tensor)
+        return tensor if is_traced(tensor) else environment().to_xla(tensor)
 
     return torch_tree.tree_map_only(torch.Tensor, convert, (args, kwargs))
 
@@ -266,7 +266,7 @@ def _without_gradients(result: Any, tensors: Sequence[Tensor], before: Sequence[
     arguments = {id(tensor) for tensor in tensors}
 
     def stop(leaf: Any) -> Any:
-        if not _is_traced(leaf) or id(leaf) in arguments:
+        if not is_traced(leaf) or id(leaf) in arguments:
             return leaf
         stopped = _tensor(jax.lax.stop_gradient(leaf.jax()))
         stopped._bases = getattr(leaf, "_bases", ())
@@ -879,7 +879,7 @@ def _refused_extensions() -> Iterator[None]:
 
     def set_checked(tensor: Any, key: Any, value: Any) -> None:
         _check_writable(tensor)
-        if isinstance(value, torch.Tensor) and not _is_traced(value):
+        if isinstance(value, torch.Tensor) and not is_traced(value):
             value = environment().to_xla(value)
         set_item(tensor, key, value)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import textwrap
 import traceback
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,13 @@ import numpy as np
 from partita.capture.names import MODULE_SCOPE
 from partita.errors import CaptureError, PartitaError
 from partita.files.reading import short_reason
-from partita.torch.environment import require_gradients, tracing, unwrapped, wrapped
+from partita.torch.environment import (
+    is_traced,
+    require_gradients,
+    tracing,
+    unwrapped,
+    wrapped,
+)
 from partita.torch.extra import Package
 
 if TYPE_CHECKING:
@@ -172,36 +179,85 @@ def modes_of(module: torch.nn.Module) -> tuple[bool, ...]:
     return tuple(child.training for child in module.modules())
 
 
+class Same:
+    """An object, equal to itself alone."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+TRACED = "traced"
+"""Stands for tensors that a forward pass made while it was traced."""
+DEEPEST = 9
+"""Levels of containers whose contents are compared."""
+
+
+def _frozen(value: Any, level: int = 0) -> Any:
+    """A value that tells whether an attribute changed: of numbers, texts and containers their
+    contents, of a tensor its version, of other objects which one it is."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return type(value).__name__, value
+    if isinstance(value, weakref.ref):
+        return _frozen(value(), level)
+    if is_traced(value):
+        return TRACED
+    if isinstance(value, (Mapping, list, tuple)) and level < DEEPEST:
+        items = value.items() if isinstance(value, Mapping) else value
+        return (type(value).__name__, *(_frozen(item, level + 1) for item in items))
+    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+        return Same(value), None if value.is_inference() else value._version
+    return Same(value)
+
+
+_UNREAD = frozenset(("_parameters", "_buffers", "_non_persistent_buffers_set"))
+"""Attributes of modules that are arguments of a step, or not read by one."""
+
+
 class Settings:
-    """Numbers and texts among the attributes of a module and its submodules.
+    """The attributes of modules and their submodules, hooks and submodules included.
 
     They are compiled into a step, so that another value needs another program.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._places = [
-            (name, vars(child), attribute)
-            for name, child in module.named_modules()
-            for attribute, value in vars(child).items()
-            if isinstance(value, (bool, int, float, str))
-        ]
+    def __init__(self, module: torch.nn.Module, loss: Any) -> None:
+        self.modules = {"": module}
+        if isinstance(loss, torch.nn.Module):
+            self.modules[LOSS_SCOPE] = loss
+        self._kept: dict[str, Any] = {}
+        """By name, the value of attributes that the forward pass itself changes."""
 
     def values(self) -> tuple[Any, ...]:
         """The values now: a key of compiled programs."""
-        return tuple(attributes.get(name) for _, attributes, name in self._places)
+        return tuple((self._now() | self._kept).items())
+
+    def _now(self) -> dict[str, Any]:
+        return {
+            f"{path}.{attribute}".lstrip("."): _frozen(value)
+            for prefix, module in self.modules.items()
+            for path, child in module.named_modules(prefix=prefix)
+            for attribute, value in vars(child).items()
+            if attribute not in _UNREAD
+        }
 
     def keep_changed(self, before: tuple[Any, ...]) -> list[str]:
-        """Keeps the values `before` for attributes that have others now, and names them."""
-        names = []
-        for index, (path, attributes, name) in enumerate(self._places):
-            if attributes.get(name) != before[index]:
-                names.append(f"{path}.{name}".lstrip("."))
-                self._places[index] = (path, {name: before[index]}, name)
-        return names
+        """Keeps the values `before` for attributes that have others now, and names them, but for
+        those that hold tensors of the step."""
+        old = dict(before)
+        now = self._now() | self._kept
+        changed = [name for name in now | old if now.get(name) != old.get(name)]
+        self._kept |= {name: old.get(name) for name in changed}
+        return [name for name in changed if now.get(name) != TRACED]
 
 
 class Versions:
-    """Versions of a module's parameters, which tell whether any was written to or replaced.
+    """Versions of a module's parameters and buffers, which tell whether any was written to or
+    replaced.
 
     A submodule that is replaced replaces its parameters.
     """
@@ -209,9 +265,10 @@ class Versions:
     def __init__(self, module: torch.nn.Module) -> None:
         # tensors made in inference mode have no version
         self._places = [
-            (child._parameters, name)
+            (tensors, name)
             for child in module.modules()
-            for name, tensor in child._parameters.items()
+            for tensors in (child._parameters, child._buffers)
+            for name, tensor in tensors.items()
             if tensor is not None and not tensor.is_inference()
         ]
         self._children = [
@@ -227,7 +284,7 @@ class Versions:
         ]
 
     def changed(self) -> bool:
-        """Whether a parameter changed since the last call."""
+        """Whether a parameter or buffer changed since the last call."""
         before = self._seen
         self._seen = self._now()
         return self._seen != before
@@ -259,8 +316,10 @@ class ModuleNetwork:
         names = (*self.names.fixed, *changed)
         return unwrapped(value), {name: jax.lax.stop_gradient(arrays[name]) for name in names}
 
-    def outputs_of(self, trained: Arrays, fixed: Arrays, key: Any, inputs: Any) -> Any:
-        """The module's outputs, as JAX arrays."""
+    def outputs_of(
+        self, trained: Arrays, fixed: Arrays, key: Any, inputs: Any, settings: Any
+    ) -> Any:
+        """The module's outputs, as JAX arrays; programs are told apart by its `settings`."""
         with explained(self.module), tracing(self.module, key):
             outputs, _ = self._call(trained, fixed, wrapped(inputs))
         return unwrapped(outputs)

@@ -69,7 +69,7 @@ class TrainingStep:
         self.optimizer = optimizer
         self.state = state
         self.clip_norm = clip_norm
-        self._settings = Settings(network.module)
+        self._settings = Settings(network.module, network.loss)
         self._versions = Versions(network.module)
         self._has_given_state = False
         """Whether the module may have taken over the state of the step."""
@@ -77,7 +77,7 @@ class TrainingStep:
         """Parameters with a gradient in the program that was traced last."""
         self._run: Callable[..., Any] | None = None
         self._options: dict[str, Any] | None = None
-        self._outputs = jax.jit(network.outputs_of)
+        self._outputs = jax.jit(network.outputs_of, static_argnums=4)
 
     @property
     def name(self) -> str:
@@ -177,7 +177,8 @@ class TrainingStep:
             )
         if not self._has_given_state:
             warnings.warn(
-                f"Weights of '{self.name}' changed after its step was made, which trains copies. "
+                f"Weights or buffers of '{self.name}' changed after its step was made, which has "
+                "copies. "
                 "Call step.load_state_dict(module.state_dict()) to train the changed ones.",
                 stacklevel=3,
             )
@@ -211,10 +212,16 @@ class TrainingStep:
         module = self.network.module
         modes = modes_of(module)
         module.eval()
+        settings = self._settings.values()
         try:
             outputs = self._outputs(
-                self.state.params, self.state.buffers, self.state.key, as_batch(inputs)
+                self.state.params,
+                self.state.buffers,
+                self.state.key,
+                as_batch(inputs),
+                settings,
             )
+            self._settings.keep_changed(settings)
         finally:
             for child, mode in zip(module.modules(), modes, strict=True):
                 child.training = mode

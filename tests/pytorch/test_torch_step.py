@@ -672,6 +672,68 @@ def test_attributes_that_change_between_steps_count() -> None:
     np.testing.assert_allclose(*zip(*losses, strict=True), rtol=1e-5)
 
 
+class Configured(Branches):
+    """Reads attributes of many kinds, one of which it makes anew in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = {"scales": [1.0]}
+        self.shift = torch.zeros(1)
+        self.act = torch.relu
+
+    def forward(self, x: Any) -> Any:
+        self.hidden = self.act(self.dense(x)) * self.factors["scales"][0] + self.shift
+        return self.hidden + getattr(self, "more", 0.0)
+
+
+class ScaledLoss(nn.Module):
+    scale = 1.0
+
+    def forward(self, outputs: Any, targets: Any) -> Any:
+        return self.scale * functional.cross_entropy(outputs, targets)
+
+
+CHANGES: dict[str, Callable[[Any, Any], None]] = {
+    "nothing": lambda module, loss: None,
+    "dict": lambda module, loss: module.factors["scales"].__setitem__(0, 2.0),
+    "tensor": lambda module, loss: module.shift.add_(torch.arange(CLASSES)[:1] + 1.0),
+    "new": lambda module, loss: setattr(module, "more", torch.arange(CLASSES) / 4),
+    "function": lambda module, loss: setattr(module, "act", torch.tanh),
+    "hook": lambda module, loss: module.dense.register_forward_hook(lambda m, i, y: 2 * y),
+    "forward": lambda module, loss: setattr(module.dense, "forward", lambda x: x[:, :CLASSES]),
+    "loss": lambda module, loss: setattr(loss, "scale", 3.0),
+}
+
+
+def test_attributes_of_all_kinds_count() -> None:
+    torch.manual_seed(0)
+    module = Configured()
+    loss = ScaledLoss()
+    step = partita.torch.training_step(module, loss, torch.optim.SGD(module.parameters(), 0.0))
+    x, y = batches(1)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for name, change in CHANGES.items():
+            change(module, loss)
+            outputs = module(x).detach()
+            if name != "forward":  # which leaves no parameter to the loss
+                expected = float(loss(outputs, y))
+                assert float(step((x, y))) == pytest.approx(expected, rel=1e-5), name
+            torch.testing.assert_close(step.predict(x), outputs, rtol=1e-5, atol=1e-5, msg=name)
+            module.dense.__dict__.pop("forward", None)
+    programs = step._run._cache_size()
+    step((x, y))
+    assert step._run._cache_size() == programs
+
+
+def test_buffers_that_change_after_the_step_is_made_are_named() -> None:
+    module = perceptron()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    module[1].running_mean.fill_(1.0)
+    with pytest.warns(UserWarning, match=r"Call step\.load_state_dict"):
+        step(batches(1)[0])
+
+
 class Counting(Scaled):
     def forward(self, x: Any) -> Any:
         self.scale += 1
