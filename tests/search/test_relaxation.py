@@ -115,6 +115,15 @@ def test_all_degrees_are_the_ways_to_divide_factors() -> None:
     assert {rows.tobytes() for rows in degrees} == expected
 
 
+def test_a_factor_of_another_operator_is_not_split() -> None:
+    """A mask that several blocks read has the factors of the operator that makes it."""
+    kinds = AxisKinds.of(placement_on("dgx-h100:2"))
+    factors = (0, 1)
+    counts = DegreeCounts(kinds, factors, kinds.all_degrees((8, 8)))
+    other = max(factors) + 1
+    assert counts.shards((other,)).tolist() == [1.0] * counts.count
+
+
 def test_an_operator_without_factors_has_one_choice() -> None:
     kinds = AxisKinds.of(placement_on("dgx-h100:2"))
     assert kinds.all_degrees([]).shape == (1, 0, len(kinds.sizes))
