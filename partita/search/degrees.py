@@ -150,6 +150,10 @@ class DegreeCounts(ShardCounts):
     def count(self) -> int:
         return len(self.degrees)
 
+    def _shards_of_one(self, factor: int) -> Array:
+        """A factor of another operator, as of a mask that several read, is not split."""
+        return self.by_factor.get(factor, np.ones(self.count))
+
     def chosen(self, choices: Array) -> DegreeCounts:
         """The counts of some choices alone."""
         return DegreeCounts(self.kinds, self.factors, self.degrees[choices])
