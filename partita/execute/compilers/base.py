@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from partita.errors import CompilerError
@@ -59,8 +60,8 @@ class ProgramCompiler(abc.ABC):
     """XLA_FLAGS of the child process."""
     stores_program: bool = False
     """Whether a compiled program takes main memory of a device beside its temporaries."""
-    counts_gaps_twice: bool = False
-    """Whether the figure of temporaries has the gaps between values twice."""
+    dump_options: Mapping[str, Any] = {}
+    """Options with which a compilation writes the files of `allocated_bytes`, {} for none."""
 
     @abc.abstractmethod
     def target(self, machine: Machine) -> CompileTarget:
@@ -73,6 +74,10 @@ class ProgramCompiler(abc.ABC):
     def environment(self, target: CompileTarget) -> dict[str, str]:
         """Environment variables of the child process."""
         return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": self.flags}
+
+    def allocated_bytes(self, folder: Path) -> int | None:
+        """Main memory of a program's temporaries by the files of its compilation, None without."""
+        return None
 
     def needed_bytes(self, error: str) -> int | None:
         """Memory of a device that a program needs, from the compiler's message that it has less;

@@ -12,6 +12,7 @@ import gzip
 import json
 import math
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,6 @@ MEMORY = {
     "temporaries": "temp_size_in_bytes",
     "aliased": "alias_size_in_bytes",
     "code": "generated_code_size_in_bytes",
-    "peak_live": "peak_memory_in_bytes",
 }
 """Part of a program's memory -> XLA's name for it."""
 
@@ -58,11 +58,18 @@ def compile_request(request: CompileRequest) -> tuple[dict[str, Any], str]:
     lowered = (
         _lowered_step(request, mesh) if request.piece is None else _lowered_piece(request, mesh)
     )
-    start = time.perf_counter()
-    compiled = lowered.compile()
-    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory(prefix="partita-") as dump:
+        options = dict(compiler.dump_options)
+        if options:
+            options["xla_dump_to"] = dump
+        start = time.perf_counter()
+        compiled = lowered.compile(compiler_options=options or None)
+        seconds = time.perf_counter() - start
+        allocated = compiler.allocated_bytes(Path(dump))
     analysis = compiled.memory_analysis()
     memory = {part: int(getattr(analysis, name, 0)) for part, name in MEMORY.items()}
+    if allocated is not None:
+        memory["temporaries"] = allocated
     return {"seconds": seconds, "memory": memory}, compiled.as_text() or ""
 
 

@@ -43,24 +43,11 @@ class ProgramMemory:
     """Outputs that reuse the memory of an argument."""
     code: int = 0
     """The program itself, where it takes main memory of a device."""
-    peak_live: int = 0
-    """The highest sum of live values, by the compiler; 0 if it does not say."""
 
     @property
     def peak(self) -> int:
         """Arguments, outputs, temporaries and the program, aliases counted once."""
         return self.arguments + self.outputs + self.temporaries + self.code - self.aliased
-
-    def with_gaps_once(self) -> ProgramMemory:
-        """The same, where the temporaries count the gaps between values twice.
-
-        A compiler that reports no live values of main memory keeps its figure, which is then at
-        most as much too high.
-        """
-        live = self.peak_live - self.arguments
-        if not 0 < live <= self.temporaries:
-            return self
-        return replace(self, temporaries=(self.temporaries + live) // 2)
 
 
 @dataclass(frozen=True)
@@ -105,7 +92,7 @@ def compile_programs(requests: Sequence[CompileRequest]) -> list[CompiledProgram
     compiler.check()
     environment = compiler.environment(target)
     version = compiler.version()
-    flags = json.dumps(environment, sort_keys=True)
+    flags = json.dumps([environment, dict(compiler.dump_options)], sort_keys=True)
     with tempfile.TemporaryDirectory(prefix="partita-") as name:
         folders = []
         stored: dict[Path, Path] = {}
@@ -138,8 +125,6 @@ def _read(folder: Path, compiler: ProgramCompiler, version: str) -> CompiledProg
     memory = ProgramMemory(**result["memory"])
     if not compiler.stores_program:
         memory = replace(memory, code=0)
-    if compiler.counts_gaps_twice:
-        memory = memory.with_gaps_once()
     return CompiledProgram(text, memory, result["seconds"], compiler.name, version)
 
 
