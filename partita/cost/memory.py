@@ -38,6 +38,7 @@ from partita.graph.clones import BARRIER
 from partita.graph.operator_graph import (
     ITEMSIZE,
     IdentityKey,
+    Instruction,
     OperatorGraph,
     first_backward,
 )
@@ -392,20 +393,29 @@ class _Allocator:
         """Bytes of the compiled program itself, with the collectives that no gradients share."""
         graph = self.graph
         fused = fused_under(graph, self.layout, self.compiler.fusion_rules)
-        sizes = []
+        kernels = []
         for root, read in kernel_reads(graph, fused).items():
             operands = [
                 self._elements(tensor, self.targets.get(readers[0]))
                 for tensor, readers in read.items()
             ]
             results = [self._elements(tensor) for tensor in graph.instructions[root].results]
-            sizes.append(max((*operands, *results), default=0))
+            elements = max((*operands, *results), default=0)
+            kernels.append((elements, _window_positions(graph.instructions[root])))
         moves = collectives(graph, self.mesh, self.layout, self.backend)
         kinds = Counter(move.kind for move in moves if move.kind not in SUMS)
         for total in self.sums:
             is_scalar = not graph.tensors[total.tensor].shape
             kinds[total.kind] += not is_scalar and total.tensor not in self.meeting
-        return self.compiler.program_bytes(sizes, kinds)
+        state_bytes = [
+            self._bytes(argument.tensor)
+            for argument in graph.arguments
+            if argument.result is not None and graph.tensors[argument.tensor].shape
+        ]
+        joined = sum(1 for _ in computed_together(graph, self.layout, fused))
+        return self.compiler.program_bytes(kernels, kinds) + self.compiler.copies_bytes(
+            state_bytes, joined
+        )
 
     def _elements(self, tensor: int, sharding: Sharding | None = None) -> int:
         """Elements of a device's shard of a tensor, under the tensor's own sharding by default."""
@@ -721,3 +731,10 @@ class _Allocator:
             self._add(operand, rank * self._bytes(operand), 0, available)
             self._add(source, rank * self._bytes(source), available, i)
             self._add(operand, self._bytes(operand), 0, i - 1)
+
+
+def _window_positions(instruction: Instruction) -> int:
+    """Elements of the window of a convolution, 1 for other instructions."""
+    if instruction.name != "convolution":
+        return 1
+    return math.prod(min(window.reach, window.count) for _, window in instruction.windows)

@@ -199,11 +199,21 @@ class Compiler(ABC):
         """
         return live_bytes
 
-    def program_bytes(self, kernel_elements: Sequence[int], collectives: Mapping[str, int]) -> int:
+    def program_bytes(
+        self, kernels: Sequence[tuple[int, int]], collectives: Mapping[str, int]
+    ) -> int:
         """Bytes of the program itself in main memory, if `buffers.stored_program`.
 
-        `kernel_elements` are those of the largest operand or result of each kernel, `collectives`
-        the numbers of each kind.
+        `kernels` have the elements of the largest operand or result of each, and those of the
+        window of its convolution (1 without). `collectives` are the numbers of each kind.
+        """
+        return 0
+
+    def copies_bytes(self, state_bytes: Sequence[int], joined_kernels: int) -> int:
+        """Main memory of copies of variables to a chip's own memory, if `buffers.stored_program`.
+
+        `state_bytes` are those of each array of the state. `joined_kernels` is the number of
+        kernels with several results.
         """
         return 0
 

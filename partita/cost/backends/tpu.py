@@ -9,8 +9,9 @@ channels, by rows and by samples.
 Vector memory on the chip holds most temporaries of a small step. A part of it is counted: of 128
 MiB, steps of ResNet-50 use 77 (data parallel) to 104 (ZeRO-3), where all would fit. The program
 takes main memory as well, which matters for small models only. Its bytes follow from the sizes of
-kernels and from the collectives: within 20 % in 24 of 25 programs of five models, at 0.4 to 2.0 of
-13 programs of four others.
+kernels and from the collectives. Copies of variables to the chip have tables in main memory. The
+instructions that call kernels and copy were counted in the low-level programs of perceptrons and of
+a two-tower model, those for windows in convolutions of one layer.
 
 Its matrix unit takes bfloat16. A float32 operand of products alone is converted first, so it is
 also resharded in bfloat16.
@@ -43,10 +44,20 @@ ON_CHIP_SHARE = 0.6
 """The part of vector memory that holds temporaries at the peak of a step."""
 PROGRAM_BYTES = 80 << 10
 """Main memory that a program takes beside its kernels: constants, start and end."""
-KERNEL_BYTES = 1 << 10
-"""Instructions of a kernel beside its loop."""
+KERNEL_BYTES = 3 << 10
+"""Instructions that call a kernel: 47 bundles of 64 bytes."""
+COPY_BYTES = 19 * 64
+"""Instructions that start a copy and wait for it: 19 bundles."""
+TABLE_BYTES = 16 << 10
+"""Main memory of the table of a value that is a tuple: 512 bytes in a stride of 16 KiB."""
+SLICED_BYTES = 1 << 20
+"""Bytes of an array from which on it is copied to the chip in slices."""
+SLICES = 4
+"""Slices of such an array; the copy of a slice is a tuple in a tuple, so it has two tables."""
 REGISTER_BYTES = 256
 """Instructions of a kernel for each register of its largest value: four bundles of 64 bytes."""
+POSITION_BYTES = 64
+"""The same in a convolution, for each element of its window: one bundle."""
 UNROLLED_REGISTERS = 512
 """Registers over which the loop of a kernel is unrolled, at most."""
 COLLECTIVE_BYTES = {
@@ -161,15 +172,27 @@ class XlaTpu(XlaAccelerator):
         on_chip = ON_CHIP_SHARE * capacity if largest_bytes < capacity else 0
         return np.maximum(live_bytes - on_chip, 0)
 
-    def program_bytes(self, kernel_elements: Sequence[int], collectives: Mapping[str, int]) -> int:
+    def program_bytes(
+        self, kernels: Sequence[tuple[int, int]], collectives: Mapping[str, int]
+    ) -> int:
         """Instructions of kernels and collectives, and constants."""
-        total = PROGRAM_BYTES + len(kernel_elements) * KERNEL_BYTES
-        for elements in kernel_elements:
-            registers = -(-elements // (LANES * SUBLANES))
-            total += min(registers, UNROLLED_REGISTERS) * REGISTER_BYTES
+        total = PROGRAM_BYTES + len(kernels) * KERNEL_BYTES
+        for elements, positions in kernels:
+            registers = min(-(-elements // (LANES * SUBLANES)), UNROLLED_REGISTERS)
+            total += registers * max(REGISTER_BYTES, positions * POSITION_BYTES)
         for kind, count in collectives.items():
             total += count * COLLECTIVE_BYTES.get(kind, 0)
         return total
+
+    def copies_bytes(self, state_bytes: Sequence[int], joined_kernels: int) -> int:
+        """Tables and instructions. Each array is copied to the chip, and back once it is new."""
+        tables = joined_kernels
+        copies = 0
+        for nbytes in state_bytes:
+            is_sliced = nbytes >= SLICED_BYTES
+            copies += SLICES + 1 if is_sliced else 2
+            tables += 2 * SLICES + 1 if is_sliced else 2
+        return tables * TABLE_BYTES + copies * COPY_BYTES
 
     def stored_itemsize(self, graph: OperatorGraph, tensor: int) -> int:
         """Two bytes for operands of products, where products run in bfloat16. A kernel that
