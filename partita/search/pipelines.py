@@ -163,6 +163,8 @@ class _Queue:
     """Candidates in the order of their promise.
 
     One sketch of every number of stages comes first, then the fastest shape or sketch.
+    If no plan is known to fit, the fastest of these sketches is simulated next: bounds drop shapes
+    then, and its memory may change all sketches.
 
     The excess of a shape over its lower bound is guessed from the sketches with the same number of
     stages: a power of the number of microbatches.
@@ -224,6 +226,8 @@ class _Queue:
         for axes, shapes in self.shapes.items():
             if shapes and axes not in self.excess and not self._far(axes):
                 return shapes[0]
+        if math.isinf(best_seconds) and self.sketches and not self.space.simulated:
+            return None
         promising = min(best_seconds, self.sketches[0][0]) if self.sketches else best_seconds
         guesses = [
             (self._guess(shape), axes, number)

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ from partita.search.bound import lower_bound_seconds
 from partita.search.find import capacity, find, mesh_of
 from partita.search.network import CostNetwork
 from partita.search.optional import BestStep
-from partita.search.pipelines import pipelines
+from partita.search.pipelines import PipelineSpace, Sketch, pipelines
 from partita.search.portfolio import Limits
 from partita.search.staged_bound import StagedBound
 from partita.simulation.base import SimulatedStep
@@ -45,6 +46,33 @@ def fastest(
     staged = StagedBound(graph, Placement(machine, mesh_of(machine)), terms)
     best.follow(pipelines(staged, limits))
     return best.step
+
+
+@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
+def test_where_no_plan_fits_yet_the_fastest_of_the_first_sketches_is_simulated(
+    graph: OperatorGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its memory may change all sketches, so others would be in vain."""
+    machine = load("dgx-h100:2")
+    sketches: list[Sketch] = []
+    simulated: list[Sketch] = []
+    make = PipelineSpace.sketch
+
+    def sketched(space: PipelineSpace, *arguments: Any) -> Sketch | None:
+        sketch = make(space, *arguments)
+        sketches.extend([sketch] if sketch else [])
+        return sketch
+
+    def failed(_: PipelineSpace, sketch: Sketch, *__: Any) -> None:
+        simulated.append(sketch)
+        raise InterruptedError
+
+    monkeypatch.setattr(PipelineSpace, "sketch", sketched)
+    monkeypatch.setattr(PipelineSpace, "simulate", failed)
+    with pytest.raises(InterruptedError):
+        fastest(graph, machine, cost_terms(graph, machine.backend), Limits())
+    assert len({sketch.shape.axes for sketch in sketches}) == len(sketches) > 1
+    assert simulated == [min(sketches, key=lambda sketch: sketch.seconds)]
 
 
 def small(graph: OperatorGraph, share: float, name: str = "k80-cluster:1") -> Machine:
