@@ -88,7 +88,8 @@ def pipelines(
     """Ever faster simulated pipelines that are faster than `limit_seconds` and fit in memory.
 
     Without a time limit, the numbers of sketches and simulations depend on the graph alone. If no
-    plan is known to fit (`limit_seconds` is infinite), the search continues until one fits.
+    plan is known to fit (`limit_seconds` is infinite), the search continues until one fits. No
+    shape is relaxed then: memory decides, and a relaxation, which knows none, is far below plans.
 
     Args:
         staged: The graph on a machine, with the bounds of its shapes.
@@ -112,10 +113,11 @@ def pipelines(
         if candidate is None:
             return
         if isinstance(candidate, PipelineShape):
-            bound_seconds = space.relaxed_bound(candidate, best_seconds)
-            if bound_seconds >= best_seconds:
-                queue.drop(candidate, bound_seconds)
-                continue
+            if math.isfinite(limit_seconds):
+                bound_seconds = space.relaxed_bound(candidate, best_seconds)
+                if bound_seconds >= best_seconds:
+                    queue.drop(candidate, bound_seconds)
+                    continue
             sketches += 1
             queue.put(space.sketch(candidate, limits.budget, TRIES))
             continue
@@ -163,8 +165,8 @@ class _Queue:
     """Candidates in the order of their promise.
 
     One sketch of every number of stages comes first, then the fastest shape or sketch.
-    If no plan is known to fit, the fastest of these sketches is simulated next: bounds drop shapes
-    then, and its memory may change all sketches.
+    If no plan is known to fit, the fastest of these sketches is simulated next: its memory may
+    change all sketches.
 
     The excess of a shape over its lower bound is guessed from the sketches with the same number of
     stages: a power of the number of microbatches.
@@ -374,9 +376,9 @@ class PipelineSpace:
     def relaxed_bound(self, shape: PipelineShape, enough: float) -> float:
         """Lower bound of a shape by all choices of its operators, or one of `enough` seconds.
 
-        0 for one stage: its relaxation takes longer than a sketch. 0 if no plan is known.
+        0 for one stage: its relaxation takes longer than a sketch.
         """
-        if shape.stages == 1 or math.isinf(enough):
+        if shape.stages == 1:
             return 0.0
         inner = self.mesh.axes[shape.axes :]
         return self.staged.of_shape(StagedShape(shape.stages, shape.microbatches, inner), enough)
