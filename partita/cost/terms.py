@@ -21,7 +21,7 @@ from hashlib import sha256
 
 from partita.cost.backends import compiler_of
 from partita.cost.collectives import DEFAULT, Exchange, new_exchanges
-from partita.cost.fusion import EXPENSIVE, FREE, fusion, kernel_reads
+from partita.cost.fusion import EXPENSIVE, FREE, Fusion, fusion, kernel_reads
 from partita.cost.joined import NONE_JOINED, joined_kernels
 from partita.cost.operator_terms import Halo, Move, OperatorTerms, Reduction, StoredVariable, Work
 from partita.cost.partial import (
@@ -646,20 +646,31 @@ class _Collector:
     def add_activations(self) -> None:
         """Adds the forward values that the backward pass reads to their operators."""
         graph = self.graph
-        read_later: set[int] = set()
-        for root, read in kernel_reads(graph, self.fused).items():
-            if graph.instructions[root].phase == "backward":
-                read_later.update(read)
-        in_memory = (self.fused.written(graph) & read_later) - self.constants
-        for instruction in graph.instructions:
-            if instruction.phase != "forward" or instruction.name in FREE:
-                continue
-            for tensor in instruction.results:
-                home = graph.home[tensor]
-                nbytes = graph.tensors[tensor].nbytes
-                if tensor in in_memory and nbytes > SMALLEST_ACTIVATION and home >= 0:
-                    activation = (nbytes, _split(graph.labels[tensor]))
-                    self.terms.operators[home].activations.append(activation)
+        for tensor in _forward_activations(graph, self.fused):
+            activation = (graph.tensors[tensor].nbytes, _split(graph.labels[tensor]))
+            self.terms.operators[graph.home[tensor]].activations.append(activation)
+
+
+def forward_activations(graph: OperatorGraph, backend: Backend) -> list[int]:
+    """The forward values of operators that kernels of the backward pass read from memory."""
+    return _forward_activations(graph, fusion(graph, compiler_of(backend).fusion_rules))
+
+
+def _forward_activations(graph: OperatorGraph, fused: Fusion) -> list[int]:
+    read_later: set[int] = set()
+    for root, read in kernel_reads(graph, fused).items():
+        if graph.instructions[root].phase == "backward":
+            read_later.update(read)
+    in_memory = (fused.written(graph) & read_later) - constant_tensors(graph)
+    tensors = []
+    for instruction in graph.instructions:
+        if instruction.phase != "forward" or instruction.name in FREE:
+            continue
+        for tensor in instruction.results:
+            is_large = graph.tensors[tensor].nbytes > SMALLEST_ACTIVATION
+            if tensor in in_memory and is_large and graph.home[tensor] >= 0:
+                tensors.append(tensor)
+    return tensors
 
 
 def _bytes_of(traffic: Mapping[int, tuple[int, Factors]], tensors: Collection[int]) -> int:

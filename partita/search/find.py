@@ -46,6 +46,7 @@ from partita.plans.plan import Mesh, Plan, mesh_for
 from partita.search.base import Progress, Report, SearchResult
 from partita.search.baselines import HOPELESS, Baselines, peak_bytes
 from partita.search.bound import lower_bound_seconds
+from partita.search.elimination import eliminate
 from partita.search.garbage import young_collections_only
 from partita.search.network import CostNetwork, build
 from partita.search.offload import fewest_offloaded, offload_notes
@@ -58,16 +59,18 @@ from partita.search.portfolio import (
     SEARCHES,
     Limits,
     Search,
-    SearchSpace,
     elimination,
     without_idle_splits,
 )
+from partita.search.recomputation import least_with_recomputation
+from partita.search.reduce import reduce
 from partita.search.relaxation import least_step_seconds
 from partita.search.rematerialization import (
-    activations_free,
+    best_together,
     groupings,
     rematerialization_notes,
     smallest_and_fastest,
+    stored_bytes,
 )
 from partita.search.staged_bound import StagedBound
 from partita.simulation.base import SimulatedStep
@@ -84,13 +87,11 @@ BUDGETS = 6
 """Budgets of bytes that are tried until a plan fits in memory."""
 BUDGET_MARGIN = 0.98
 """Margin of a lowered budget: plans come in steps of bytes."""
-REMATERIALIZED_PLANS = 4
+REMATERIALIZED_PLANS = 2
 """Plans above the memory of a device, the fastest first, for which runs are rematerialized."""
 LARGE = 50_000
 """Instructions above which the search for stages, if it follows, is left the plans of one program
 that need more memory: plans of one stage are among its shapes. Each peak takes seconds there."""
-STATE_SHARES = (1.0, 0.7)
-"""Shares of the memory for variables alone, in plans whose activations may be rematerialized."""
 RUNNABLE_SHARE = 0.5
 """Share of the time limit for plans that can run, if stages and placement follow."""
 STAGES_SHARE = 0.6
@@ -465,25 +466,29 @@ def _or_rematerialized(
     if request.machine.kinds or result.stopped:
         return result
     network, baselines = result.network, result.baselines
-    free = SearchSpace(activations_free(network), baselines.space.baselines)
+    fastest = elimination(baselines.space, replace(limits, budget=np.inf))
     if network.deals_singly:  # other bounds count no memory, so they hold with rematerialization
-        bound = min(result.bound_seconds, elimination(free, limits).bound)
-        result = replace(result, bound_seconds=bound)
-    if request.leaves_to_stages:
+        least = eliminate(reduce(least_with_recomputation(network)).problem, limits.budget)
+        bound = max(fastest.bound, least.bound)
+        result = replace(result, bound_seconds=min(result.bound_seconds, bound))
+    if request.leaves_to_stages or _seconds_to_beat(result) <= result.bound_seconds:
+        return result
+    joint = best_together(network, request.limit_bytes)
+    result = replace(result, smallest_bytes=min(result.smallest_bytes, joint.smallest_bytes))
+    if joint.prediction is not None:
+        if joint.prediction.seconds < _seconds_to_beat(result):
+            result = replace(result, plan=joint.plan, prediction=joint.prediction, fits=True)
         return result
     choices = groupings(request.graph, network.terms)
     if not choices:
         return result
-    states = [elimination(baselines.space, replace(limits, budget=np.inf)).states, *peaks]
-    for share in STATE_SHARES:
-        shared = replace(limits, budget=limits.budget * share)
-        states.append(elimination(free, shared).states)
     large = []
     for name, plan in baselines.plans.items():
         own_states = baselines.states[name]
-        variables = 0.0 if own_states is None else free.network.problem.memory_bytes(own_states)
+        variables = 0.0 if own_states is None else stored_bytes(network, own_states)
         if variables <= request.limit_bytes:
             large.append(replace(plan, name="found"))
+    states = [fastest.states, *peaks]
     large += [network.plan(one) for one in states if one not in baselines.states.values()]
     return _fastest_rematerialized(request, result, large, choices)
 

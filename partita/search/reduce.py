@@ -133,7 +133,7 @@ def _merge(problem: Problem) -> _Selection:
             row_classes.append(classes[side.key])
         seconds = problem.seconds[v]
         nbytes = problem.nbytes[v]
-        states[kind] = _pareto_states(seconds, nbytes, row_classes)
+        states[kind] = pareto_states(seconds, nbytes, row_classes)
     return _Selection([states[kind] for kind in kinds], kinds)
 
 
@@ -143,7 +143,7 @@ def _row_classes(table: Array) -> Array:
     return np.array(numbered(row.tobytes() for row in rows))
 
 
-def _pareto_states(seconds: Array, nbytes: Array, row_classes: Sequence[Array]) -> Array:
+def pareto_states(seconds: Array, nbytes: Array, row_classes: Sequence[Array]) -> Array:
     """Of all states with equal rows in every table, the Pareto front of seconds and bytes."""
     label = np.zeros(len(seconds), np.int64)
     for classes in row_classes:

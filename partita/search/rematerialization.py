@@ -1,38 +1,51 @@
 """Rematerialization for plans that exceed device memory: which runs of operators to compute again.
 
-Runs end at narrow cuts of the graph (`pipeline_cuts`). Short runs store more borders, long ones
-need more memory at once; the length that frees most is taken. All its runs are priced together
-under the plan that is too large: the seconds that they add, and the bytes that they free. Those
-that free most bytes per second come first (the greedy rule of a knapsack), as few as the peak of a
-step needs.
-Freed bytes are no sum, because a step has one peak, so peaks are computed for a few numbers of
-runs.
+`best_together` searches splits and rematerialization at once: whether an operator is computed again
+is a part of its state (`search.recomputation`). The operators that are become runs between narrow
+cuts of the graph (`pipeline_cuts`). The peak memory of a step is no sum, so it is computed for
+several budgets of bytes.
 
-The choice is no state of the exact search: its splits are those of the given plan. The lower bound
-(`activations_free`) holds for every plan with rematerialization.
+If no such plan fits, `smallest_and_fastest` takes the splits of a given plan. Short runs store more
+borders, long ones need more memory at once; the length that frees most is taken (`groupings`). All
+its runs are priced together: the seconds that they add, and the bytes that they free. Those that
+free most bytes per second come first (the greedy rule of a knapsack), as few as the peak of a step
+needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from partita.cost.memory import memory
 from partita.cost.predict import Prediction
 from partita.cost.terms import Terms
-from partita.graph.operator_graph import OperatorGraph
+from partita.graph.flat import SHAPE_ONLY
+from partita.graph.operator_graph import OperatorGraph, producers
 from partita.graph.rematerialize import Run, rematerialized, useful_runs
 from partita.machine import Machine
 from partita.plans.layout import layout_of
 from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Plan
+from partita.search.base import States
+from partita.search.elimination import eliminate
 from partita.search.network import CostNetwork
 from partita.search.pipeline_cuts import Cuts
+from partita.search.recomputation import PRODUCTS, with_recomputation
+from partita.search.reduce import reduce
 from partita.simulation.simulate import predicted
 from partita.units import format_bytes, format_seconds
 
 PARTS = (1, 2, 4, 8)
 """Numbers of parts between narrow cuts that make a run."""
+BUDGETS = 6
+"""Budgets of bytes of the search with rematerialized states, at most."""
+CLOSE_BUDGETS = 0.98
+"""Ratio of two budgets between which none is tried: plans come in steps of bytes."""
+FULL = 0.95
+"""Share of the memory from which on a plan is left with all its runs."""
 PEAKS = 5
 """Numbers of runs whose peak memory is computed at most."""
 
@@ -64,6 +77,148 @@ def groupings(graph: OperatorGraph, terms: Terms) -> list[tuple[Run, ...]]:
         if useful and useful not in of_parts:
             of_parts.append(useful)
     return of_parts
+
+
+class OperatorRuns:
+    """Runs of a graph in which chosen operators are computed again."""
+
+    def __init__(self, graph: OperatorGraph, terms: Terms) -> None:
+        self.names = [operator.name for operator in graph.operators]
+        self.ends = Cuts(graph, terms).ends
+        heavy = [graph.instructions[operator.heavy].name for operator in graph.operators]
+        self.is_light = [name not in PRODUCTS for name in heavy]
+        self.values = _values_read(graph)
+        self.backward_readers = _backward_readers(graph)
+
+    def of(self, operators: Collection[int]) -> tuple[Run, ...]:
+        """The shortest runs that free values of some operators, each between two narrow cuts.
+
+        A run ends with the last operator whose backward pass reads one of the values. If it has a
+        product, it begins with the normalization in front of it, whose inputs are smaller than what
+        its backward pass stores, and with products of the same operand.
+        """
+        runs: list[tuple[int, int]] = []
+        first = 0
+        for end in self.ends:
+            chosen = [o for o in range(first, end + 1) if o in operators]
+            if chosen:
+                after = runs[-1][1] + 1 if runs else 0
+                readers = [r for o in chosen for r in self.backward_readers[o] if r <= end]
+                last = max([*chosen, *readers])
+                runs.append((self._start(chosen, after), last))
+            first = end + 1
+        return tuple((self.names[start], self.names[last]) for start, last in runs)
+
+    def _start(self, chosen: Sequence[int], after: int) -> int:
+        """The first operator of a run with chosen ones, from `after` on."""
+        start = chosen[0]
+        if all(self.is_light[o] for o in chosen):
+            return start
+        while start > after:
+            is_beside = not self.values[start - 1].isdisjoint(self.values[start])
+            if not is_beside and not self.is_light[start - 1]:
+                break
+            start -= 1
+        return start
+
+
+def _values_read(graph: OperatorGraph) -> list[set[int]]:
+    """[operator]: the forward values of others that it reads."""
+    producer = producers(graph)
+    values: list[set[int]] = [set() for _ in graph.operators]
+    for use in graph.uses:
+        index = producer.get(use.tensor, -1)
+        is_forward = index >= 0 and graph.instructions[index].phase == "forward"
+        if is_forward and graph.home[use.tensor] != use.operator:
+            values[use.operator].add(use.tensor)
+    return values
+
+
+def _backward_readers(graph: OperatorGraph) -> list[set[int]]:
+    """[operator]: the operators whose backward pass reads forward values of it."""
+    readers: list[set[int]] = [set() for _ in graph.operators]
+    for index, instruction in enumerate(graph.instructions):
+        if instruction.phase != "backward" or graph.owner[index] < 0:
+            continue
+        for operand in instruction.operands:
+            for tensor in _rearranged(graph, operand):
+                if graph.home[tensor] >= 0:
+                    readers[graph.home[tensor]].add(graph.owner[index])
+    return readers
+
+
+def _rearranged(graph: OperatorGraph, tensor: int) -> Iterator[int]:
+    """A forward value, and those that it merely rearranges."""
+    producer = producers(graph)
+    while (index := producer.get(tensor, -1)) >= 0:
+        instruction = graph.instructions[index]
+        if instruction.phase != "forward":
+            break
+        yield tensor
+        if instruction.name not in SHAPE_ONLY:
+            break
+        tensor = instruction.operands[0]
+
+
+class Together(NamedTuple):
+    """The fastest plan that fits of the search with rematerialized states."""
+
+    plan: Plan | None
+    prediction: Prediction | None
+    smallest_bytes: float
+    """Least peak memory of the plans examined."""
+
+
+def best_together(network: CostNetwork, limit_bytes: int) -> Together:
+    """The plan whose splits and rematerialization are the best together; none if none fits.
+
+    The budget of bytes is halved between the largest whose plan fits in memory and the smallest
+    whose plan does not: sums are above the peak where a compiler computes values again by itself.
+    """
+    graph, machine = network.graph, network.placement.machine
+    space = with_recomputation(network)
+    reduced = reduce(space.problem)
+    operator_runs = OperatorRuns(graph, network.terms)
+    best = Together(None, None, math.inf)
+    fitting = 0.0
+    excessive = eliminate(reduced.problem).nbytes
+    budget = float(limit_bytes)
+    for _ in range(BUDGETS):
+        searched = eliminate(reduced.problem, budget)
+        if not searched.feasible or searched.stopped:
+            break
+        states = reduced.lift(searched.states)
+        runs = operator_runs.of(space.recomputed(states))
+        attempt = _with_runs(graph, machine, network.plan(space.lift(states)), runs)
+        best = best._replace(smallest_bytes=min(best.smallest_bytes, attempt.peak_bytes))
+        if attempt.peak_bytes <= limit_bytes:
+            fitting = budget
+            best = _faster(network, best, attempt.plan)
+        else:
+            excessive = min(budget, searched.nbytes)
+        if fitting >= excessive * CLOSE_BUDGETS:
+            break
+        budget = (fitting + excessive) / 2
+        if not fitting:
+            budget = excessive * CLOSE_BUDGETS * limit_bytes / attempt.peak_bytes
+    if best.plan is None or best.prediction is None:
+        return best
+    if best.prediction.peak_bytes > limit_bytes * FULL:
+        return best
+    stored = replace(best.plan, recompute=())
+    prediction = predicted(graph, machine, stored, network.terms)
+    fewer = smallest_and_fastest(
+        graph, machine, stored, prediction, [best.plan.recompute], limit_bytes
+    )
+    return _faster(network, best, fewer.plan)
+
+
+def _faster(network: CostNetwork, best: Together, plan: Plan) -> Together:
+    """The faster one of two plans that fit."""
+    prediction = predicted(network.graph, network.placement.machine, plan)
+    if best.prediction is None or prediction.seconds < best.prediction.seconds:
+        return best._replace(plan=plan, prediction=prediction)
+    return best
 
 
 def smallest_and_fastest(
@@ -167,13 +322,7 @@ def rematerialization_notes(
     ]
 
 
-def activations_free(network: CostNetwork) -> CostNetwork:
-    """The network in which activations take no memory.
-
-    Its lower bounds hold for plans with rematerialization: that frees activations at most, and adds
-    seconds.
-    """
-    nbytes = []
-    for all_bytes, activations in zip(network.problem.nbytes, network.activations, strict=True):
-        nbytes.append(all_bytes - activations)
-    return replace(network, problem=replace(network.problem, nbytes=nbytes))
+def stored_bytes(network: CostNetwork, states: States) -> float:
+    """Bytes of variables and other state on a device, without activations."""
+    activations = sum(a[i] for a, i in zip(network.activations, states, strict=True))
+    return network.problem.memory_bytes(states) - activations

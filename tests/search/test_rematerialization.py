@@ -74,11 +74,22 @@ def test_the_plan_fits_and_its_prediction_is_that_of_the_simulator(graph, result
         assert again.seconds == pytest.approx(result.prediction.seconds, rel=1e-12)
 
 
-def test_the_bound_holds_for_plans_with_and_without_rematerialization(results):
-    free = results[4096]
+def test_the_bound_rises_with_less_memory_and_holds_for_all_runs(graph, results):
+    bounds = [result.bound_seconds for result in results.values()]
+    assert bounds == sorted(bounds)
+    assert bounds[-1] > bounds[0] * 1.001
+    fitting = 0
     for size in (900, 720):
-        assert results[size].bound_seconds <= results[size].prediction.seconds
-        assert results[size].bound_seconds <= free.prediction.seconds
+        machine = machine_of(size)
+        bound = results[size].bound_seconds
+        assert bound <= results[size].prediction.seconds
+        plan = BASELINES["data parallel"](graph, machine.name, mesh_of(machine))
+        for runs in groupings(graph, cost_terms(graph, machine.backend)):
+            prediction = predict_plan(graph, machine, replace(plan, recompute=runs))
+            if prediction.peak_bytes <= capacity(machine):
+                assert bound <= prediction.seconds
+                fitting += 1
+    assert fitting
 
 
 def test_runs_on_a_smaller_gpu_take_less():

@@ -1,0 +1,165 @@
+"""Rematerialization as a state of operators: the sum of a plan, its bound, and its runs."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from partita.capture.program import capture_program
+from partita.cost.evaluate import PARTS
+from partita.graph.rematerialize import useful_runs
+from partita.machine import load
+from partita.plans.baselines import BASELINES
+from partita.search.base import Problem
+from partita.search.elimination import eliminate
+from partita.search.find import mesh_of
+from partita.search.network import CostNetwork, build
+from partita.search.recomputation import least_with_recomputation, with_recomputation
+from partita.search.reduce import reduce
+from partita.search.rematerialization import OperatorRuns
+from partita.simulation.simulate import predicted
+
+SAMPLES, WIDTH = 1 << 14, 64
+FORWARD = [phase == "forward" and kind in ("compute", "exchange") for kind, phase in PARTS]
+
+
+def step(weights, x):
+    def loss(weights):
+        h = x
+        for weight in weights:
+            h = jnp.tanh(h @ weight)
+        return jnp.mean(h**2)
+
+    value, gradients = jax.value_and_grad(loss)(weights)
+    return jax.tree.map(lambda w, g: w - 0.1 * g, weights, gradients), value
+
+
+@pytest.fixture(scope="module")
+def network():
+    """Three products. A narrow cut is behind the second, whose result crosses it."""
+    shapes = ((WIDTH, 2 * WIDTH), (2 * WIDTH, WIDTH), (WIDTH, WIDTH))
+    weights = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    batch = jax.ShapeDtypeStruct((SAMPLES, WIDTH), "float32")
+    graph = capture_program(step, args=(weights, batch), target="cuda").graph
+    machine = load("h100:2")
+    mesh = mesh_of(machine)
+    plan = BASELINES["data parallel"](graph, machine.name, mesh)
+    return build(graph, machine, mesh, [plan])
+
+
+def randomized(network: CostNetwork, seed: int) -> CostNetwork:
+    """The network with random seconds and bytes."""
+    generator = np.random.default_rng(seed)
+    activations = [b * generator.uniform(1, 4, len(b)) for b in network.activations]
+    problem = replace(
+        network.problem,
+        seconds=[generator.uniform(0, 1e-4, len(s)) for s in network.problem.seconds],
+        nbytes=[a + generator.uniform(0, 1e7, len(a)) for a in activations],
+    )
+    parts = [generator.uniform(0, 2e-5, part.shape) for part in network.parts]
+    return replace(network, problem=problem, activations=activations, parts=parts)
+
+
+def all_plans(network: CostNetwork, stored) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds and bytes of all states of three operators, the first two computed again or not.
+
+    `stored`: per operator, by state, bytes that stay in memory where it is computed again.
+    """
+    again = [np.repeat(flags, len(network.states[o])) for o, flags in enumerate(([0, 1],) * 2)]
+    again.append(np.zeros(len(network.states[2])))
+    states = [np.tile(np.arange(len(network.states[o])), 2) for o in (0, 1)]
+    states.append(np.arange(len(network.states[2])))
+    grid = np.meshgrid(*map(lambda s: np.arange(len(s)), states), indexing="ij")
+    state = [states[o][grid[o]] for o in range(3)]
+    flag = [again[o][grid[o]] for o in range(3)]
+    seconds, nbytes = np.zeros(grid[0].shape), np.zeros(grid[0].shape)
+    for o in range(3):
+        added = np.array(FORWARD, float) @ network.parts[o]
+        freed = np.maximum(network.activations[o] - stored[o], 0)
+        seconds += network.problem.seconds[o][state[o]] + flag[o] * added[state[o]]
+        nbytes += network.problem.nbytes[o][state[o]] - flag[o] * freed[state[o]]
+    for (u, v), table in network.problem.tables.items():
+        seconds += table[state[u], state[v]]
+    for (home, reader, *phases), table in network.moves.items():
+        if phases == ["forward", "forward"]:
+            seconds += flag[reader] * table[state[home], state[reader]]
+    return seconds, nbytes
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_sum_is_that_of_all_states_and_flags(network, seed):
+    border = [np.zeros(len(network.states[0])), network.activations[1], np.zeros(0)]
+    border[2] = network.activations[2]
+    changed = randomized(network, seed)
+    seconds, nbytes = all_plans(changed, border)
+    space = with_recomputation(changed)
+    reduced = reduce(space.problem)
+    price = 1e-12 * seed
+    priced = [
+        s + price * b for s, b in zip(reduced.problem.seconds, reduced.problem.nbytes, strict=True)
+    ]
+    result = eliminate(replace(reduced.problem, seconds=priced, kinds=range(3)))
+    assert result.seconds == pytest.approx((seconds + price * nbytes).min(), rel=1e-9)
+    budget = float(np.quantile(nbytes, 0.02))
+    best = seconds[nbytes <= budget].min()
+    result = eliminate(reduced.problem, budget)
+    assert result.bound <= best * (1 + 1e-9)
+    assert best <= result.seconds * (1 + 1e-9)
+    states = space.lift(reduced.lift(result.states))
+    assert changed.problem.memory_bytes(states) >= result.nbytes
+
+
+def test_a_split_that_is_only_good_together_is_found(network):
+    """One split is fast and stores much, the other slow and stores little."""
+    fast, slow = 0, 1
+    stored = np.array([4.0, 1.0])
+
+    def two_states(values):
+        return [np.array(values), *[np.zeros(1)] * 2]
+
+    small = replace(
+        network,
+        states=[states[:2] if o == 0 else states[:1] for o, states in enumerate(network.states)],
+        problem=Problem.of(two_states([1.0, 2.0]), two_states(stored * SAMPLES)),
+        parts=[np.zeros((len(PARTS), 2)), *[np.zeros((len(PARTS), 1))] * 2],
+        activations=two_states(stored * SAMPLES),
+        moves={},
+        move_kinds={},
+    )
+    small.parts[0][PARTS.index(("compute", "forward"))] = 0.25
+    budget = 2.0 * SAMPLES
+    assert eliminate(small.problem, budget).states[0] == slow
+    space = with_recomputation(small)
+    result = eliminate(space.problem, budget)
+    assert space.lift(result.states)[0] == fast
+    assert space.recomputed(result.states) == (0,)
+    assert result.seconds == 1.25
+
+
+def test_the_bound_holds_for_rematerialized_plans(network):
+    """At its own peak, no plan is faster than the bound, which rises as memory shrinks."""
+    graph, machine = network.graph, network.placement.machine
+    least = reduce(least_with_recomputation(network)).problem
+    generator = np.random.default_rng(0)
+    names = [operator.name for operator in graph.operators]
+    runs = [(), ((names[0], names[0]),), ((names[0], names[1]),), ((names[0], names[2]),)]
+    for _ in range(6):
+        states = [int(generator.integers(len(states))) for states in network.states]
+        for run in runs:
+            plan = replace(network.plan(states), recompute=useful_runs(graph, run))
+            prediction = predicted(graph, machine, plan)
+            bound = eliminate(least, prediction.peak_bytes).bound
+            assert bound <= prediction.seconds
+    free = eliminate(least)
+    assert eliminate(least, free.nbytes / 2).bound > free.bound * 1.001
+
+
+def test_runs_contain_what_is_computed_again(network):
+    graph = network.graph
+    names = [operator.name for operator in graph.operators]
+    runs = OperatorRuns(graph, network.terms)
+    assert runs.of({0}) == ((names[0], names[1]),)
+    assert runs.of({0, 1}) == ((names[0], names[1]),)
+    assert runs.of(()) == ()
