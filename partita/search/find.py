@@ -69,8 +69,8 @@ from partita.search.rematerialization import (
     best_together,
     groupings,
     rematerialization_notes,
-    smallest_and_fastest,
     stored_bytes,
+    with_fewest_runs,
 )
 from partita.search.staged_bound import StagedBound
 from partita.simulation.base import SimulatedStep
@@ -509,14 +509,18 @@ def _fastest_rematerialized(
     for prediction, plan in _hopeful(list(predictions.values()), limit_bytes):
         if prediction.seconds >= _seconds_to_beat(result):
             continue
-        smaller = smallest_and_fastest(graph, machine, plan, prediction, choices, limit_bytes)
-        smallest_bytes = min(result.smallest_bytes, smaller.peak_bytes)
-        result = replace(result, smallest_bytes=smallest_bytes)
-        if smaller.peak_bytes > limit_bytes:
-            continue
-        prediction = predicted(graph, machine, smaller.plan)
-        if prediction.seconds < _seconds_to_beat(result):
-            result = replace(result, plan=smaller.plan, prediction=prediction, fits=True)
+        for runs in choices:
+            smaller = with_fewest_runs(graph, machine, plan, prediction, runs, limit_bytes)
+            smallest_bytes = min(result.smallest_bytes, smaller.peak_bytes)
+            result = replace(result, smallest_bytes=smallest_bytes)
+            if smaller.peak_bytes > limit_bytes:
+                continue
+            after = predicted(graph, machine, smaller.plan)
+            beaten = result.prediction.seconds
+            if not result.plan.recompute:
+                beaten = _seconds_to_beat(result)
+            if after.seconds < beaten:
+                result = replace(result, plan=smaller.plan, prediction=after, fits=True)
     return result
 
 

@@ -5,9 +5,9 @@ is a part of its state (`search.recomputation`). The operators that are become r
 cuts of the graph (`pipeline_cuts`). The peak memory of a step is no sum, so it is computed for
 several budgets of bytes.
 
-If no such plan fits, `smallest_and_fastest` takes the splits of a given plan. Short runs store more
-borders, long ones need more memory at once; the length that frees most is taken (`groupings`). All
-its runs are priced together: the seconds that they add, and the bytes that they free. Those that
+If no such plan fits, `with_fewest_runs` takes the splits of a given plan. Short runs store more
+borders, long ones need more memory at once, so several lengths are tried (`groupings`). All runs of
+a length are priced together: the seconds that they add, and the bytes that they free. Those that
 free most bytes per second come first (the greedy rule of a knapsack), as few as the peak of a step
 needs.
 """
@@ -207,9 +207,8 @@ def best_together(network: CostNetwork, limit_bytes: int) -> Together:
         return best
     stored = replace(best.plan, recompute=())
     prediction = predicted(graph, machine, stored, network.terms)
-    fewer = smallest_and_fastest(
-        graph, machine, stored, prediction, [best.plan.recompute], limit_bytes
-    )
+    runs = best.plan.recompute
+    fewer = with_fewest_runs(graph, machine, stored, prediction, runs, limit_bytes)
     return _faster(network, best, fewer.plan)
 
 
@@ -221,21 +220,19 @@ def _faster(network: CostNetwork, best: Together, plan: Plan) -> Together:
     return best
 
 
-def smallest_and_fastest(
+def with_fewest_runs(
     graph: OperatorGraph,
     machine: Machine,
     plan: Plan,
     prediction: Prediction,
-    choices: Sequence[Sequence[Run]],
+    runs: Sequence[Run],
     limit_bytes: int,
 ) -> Rematerialized:
-    """A plan with the fewest rematerialized runs that fit in `limit_bytes`, else with all runs.
+    """A plan with the fewest of some runs that fit in `limit_bytes`, else with all of them.
 
-    `prediction` is the one of the plan, whose peak is above the limit. Of the `choices` of runs, it
-    has runs of the one that frees most memory.
+    `prediction` is the one of the plan, whose peak is above the limit.
     """
-    attempts = [_with_runs(graph, machine, plan, runs) for runs in choices]
-    best = min(attempts, key=lambda attempt: attempt.peak_bytes)
+    best = _with_runs(graph, machine, plan, runs)
     if best.peak_bytes > limit_bytes:
         return best
     ordered = _by_gain(graph, machine, plan, prediction, best.plan.recompute)
