@@ -144,6 +144,8 @@ class Case:
     divides: tuple[str, ...] = ()
     """Factors that plans may divide instead of Megatron's; operators without them are split by
     sample. None for transformers."""
+    memory: float = 1.0
+    """Share of the memory of a device that there is."""
 
 
 CASES = (
@@ -189,6 +191,9 @@ CASES = (
     ),
     Case(partial(volumes, 32, 4, 128), "volumes of side 128", 4, "dgx-h100:1", 8, ("A1", "A2")),
     Case(partial(volumes, 32, 4, 256), "volumes of side 256", 4, "dgx-h100:8", 8, ("A1", "A2")),
+    Case(partial(gpt, 2048, 4, 1024), "gpt, less memory", 4, "dgx-h100:1", 512, memory=0.3),
+    Case(partial(gpt, 2048, 4, 1024), "gpt, less memory", 4, "dgx-h100:1", 512, memory=0.2),
+    Case(partial(llama, 4096, 4, 2048), "llama, less memory", 4, "dgx-h100:1", 128, memory=0.2),
 )
 SMALL = Case(partial(gpt, 256, 1, 64, 512), "gpt, width 256", 1, "dgx-h100:1", 32)
 
@@ -308,6 +313,10 @@ def compared(case: Case, stages: bool) -> str:
         model = case.model()
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     machine = load(case.machine)
+    if case.memory < 1:
+        nbytes = int(machine.memory_bytes * case.memory)
+        figures = {"device.memory.hbm.capacity": nbytes}
+        machine = machine.revised(figures, source="the benchmark", status="assumed")
     graph = capture_program(model, case.batch, target=machine.target).graph
     start = time.process_time()
     result = find(graph, machine, stages=stages)

@@ -7,7 +7,8 @@ Stages, in order (`find`):
     exact search       the least sum of costs within a budget of bytes (`search.elimination`), on a
                        GPU with optimizer slots in host memory too, if memory limits plans
     MCMC               the shortest simulated step, from several plans (`search.mcmc`)
-    rematerialization  runs of operators, if memory limits plans (`search.rematerialization`)
+    rematerialization  splits together with rematerialized operators, if memory limits plans
+                       (`search.rematerialization`)
     memory check       real peak memory (`cost.memory`), which is no sum of parts
     pipeline stages    stages, microbatches and rematerialization (`search.pipelines`), optional
     placement          operators on slices of axes (`search.placement`), optional
