@@ -469,7 +469,7 @@ def _or_rematerialized(
     network, baselines = result.network, result.baselines
     fastest = elimination(baselines.space, replace(limits, budget=np.inf))
     if network.deals_singly:  # other bounds count no memory, so they hold with rematerialization
-        least = eliminate(reduce(least_with_recomputation(network)).problem, limits.budget)
+        least = eliminate(reduce(least_with_recomputation(network).problem).problem, limits.budget)
         bound = max(fastest.bound, least.bound)
         result = replace(result, bound_seconds=min(result.bound_seconds, bound))
     if request.leaves_to_stages or _seconds_to_beat(result) <= result.bound_seconds:

@@ -88,7 +88,7 @@ def with_recomputation(network: CostNetwork) -> RecomputedProblem:
     return _with_copies(network, problem, [copies[key] for key in keys], repeats_moves=True)
 
 
-def least_with_recomputation(network: CostNetwork) -> Problem:
+def least_with_recomputation(network: CostNetwork) -> RecomputedProblem:
     """An additive lower bound of the simulation, also of rematerialized steps.
 
     On a machine with measured kernels or attached compute, products are repeated in no time.
@@ -107,7 +107,7 @@ def least_with_recomputation(network: CostNetwork) -> Problem:
             nbytes[key] = problem.nbytes[o] - network.activations[o] + product_bytes
             copies[key] = Again(_product_seconds(network, o), product_bytes)
     problem = replace(problem, nbytes=[nbytes[key] for key in keys], kinds=numbered(keys))
-    return _with_copies(network, problem, [copies[key] for key in keys]).problem
+    return _with_copies(network, problem, [copies[key] for key in keys])
 
 
 # ---- stored tensors

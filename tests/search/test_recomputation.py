@@ -9,7 +9,7 @@ import pytest
 
 from partita.capture.program import capture_program
 from partita.cost.evaluate import PARTS
-from partita.graph.rematerialize import useful_runs
+from partita.graph.rematerialize import copies_of, useful_runs
 from partita.machine import load
 from partita.plans.baselines import BASELINES
 from partita.search.base import Problem
@@ -19,9 +19,10 @@ from partita.search.network import CostNetwork, build
 from partita.search.recomputation import least_with_recomputation, with_recomputation
 from partita.search.reduce import reduce
 from partita.search.rematerialization import OperatorRuns
+from partita.search.simulated import relaxed
 from partita.simulation.simulate import predicted
 
-SAMPLES, WIDTH = 1 << 14, 64
+SAMPLES, WIDTH = 1 << 14, 1024
 FORWARD = [phase == "forward" and kind in ("compute", "exchange") for kind, phase in PARTS]
 
 
@@ -141,7 +142,7 @@ def test_a_split_that_is_only_good_together_is_found(network):
 def test_the_bound_holds_for_rematerialized_plans(network):
     """At its own peak, no plan is faster than the bound, which rises as memory shrinks."""
     graph, machine = network.graph, network.placement.machine
-    least = reduce(least_with_recomputation(network)).problem
+    least = reduce(least_with_recomputation(network).problem).problem
     generator = np.random.default_rng(0)
     names = [operator.name for operator in graph.operators]
     runs = [(), ((names[0], names[0]),), ((names[0], names[1]),), ((names[0], names[2]),)]
@@ -154,6 +155,31 @@ def test_the_bound_holds_for_rematerialized_plans(network):
             assert bound <= prediction.seconds
     free = eliminate(least)
     assert eliminate(least, free.nbytes / 2).bound > free.bound * 1.001
+
+
+def test_a_bound_pays_no_more_than_a_run(network):
+    """The products of a run take at least the seconds that the bound adds for them."""
+    graph, machine = network.graph, network.placement.machine
+    least, once = least_with_recomputation(network), relaxed(network)
+    names = [operator.name for operator in graph.operators]
+    generator = np.random.default_rng(1)
+    paid = 0.0
+    for last in (1, 2, 1, 2):
+        states = [int(generator.integers(len(states))) for states in network.states]
+        runs = useful_runs(graph, ((names[0], names[last]),))
+        copied = [i for one in copies_of(graph, runs) for i in one.instructions]
+        products = {graph.owner[i] for i in copied if graph.instructions[i].name == "dot_general"}
+        added = 0.0
+        for o in products:
+            copy = np.flatnonzero(least.again[o] & (least.origin[o] == states[o]))
+            seconds = least.problem.seconds[o][copy] - once.seconds[o][states[o]]
+            added += float(seconds.sum())
+        plan = network.plan(states)
+        before = predicted(graph, machine, plan).by_cause()["compute"]
+        after = predicted(graph, machine, replace(plan, recompute=runs)).by_cause()["compute"]
+        assert added <= after - before
+        paid = max(paid, added / (after - before))
+    assert paid > 0.5
 
 
 def test_runs_contain_what_is_computed_again(network):
