@@ -8,6 +8,7 @@ buffers are state.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
+import operator
 import sys
 import textwrap
 import traceback
@@ -217,6 +218,68 @@ def _frozen(value: Any, level: int = 0) -> Any:
 
 _UNREAD = frozenset(("_parameters", "_buffers", "_non_persistent_buffers_set"))
 """Attributes of modules that are arguments of a step, or not read by one."""
+RECENT_KEYS = 2
+"""Keys of settings that are kept: of train and of eval mode."""
+
+
+class _Unchanged:
+    """Tells quickly whether attributes are the objects that they were, with equal contents.
+
+    A change may be none: an equal number can be another object.
+    """
+
+    def __init__(self, attributes: Sequence[dict[str, Any]]) -> None:
+        self._empty: list[Any] = []
+        self._full: list[tuple[Any, tuple[Any, ...]]] = []
+        """Containers with their items."""
+        self._tensors: list[tuple[torch.Tensor, int]] = []
+        for values in attributes:
+            self._full.append((values, _items(values)))
+            for name, value in values.items():
+                if name not in _UNREAD:
+                    self._note(value, 0)
+
+    def _note(self, value: Any, level: int) -> None:
+        if isinstance(value, (Mapping, list, tuple)) and level < DEEPEST:
+            if not value:
+                self._empty.append(value)
+                return
+            self._full.append((value, _items(value)))
+            for item in value.values() if isinstance(value, Mapping) else value:
+                self._note(item, level + 1)
+        elif isinstance(value, torch.Tensor) and not is_traced(value) and not value.is_inference():
+            self._tensors.append((value, value._version))
+
+    def holds(self) -> bool:
+        """Whether no object and no content is another one."""
+        if any(map(len, self._empty)):
+            return False
+        for container, items in self._full:
+            now = _items(container)
+            if len(now) != len(items) or not all(map(operator.is_, now, items)):
+                return False
+        return all(tensor._version == version for tensor, version in self._tensors)
+
+
+def _items(container: Any) -> tuple[Any, ...]:
+    """The items of a container, and the keys of a mapping."""
+    return (*container, *container.values()) if isinstance(container, Mapping) else (*container,)
+
+
+class SettingsKey:
+    """The attributes of modules at one time: a key of compiled programs."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        self._hash = hash(tuple(values.items()))
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, SettingsKey) and self.values == other.values
+
+    def __hash__(self) -> int:
+        return self._hash
 
 
 class Settings:
@@ -231,27 +294,40 @@ class Settings:
             self.modules[LOSS_SCOPE] = loss
         self._kept: dict[str, Any] = {}
         """By name, the value of attributes that the forward pass itself changes."""
+        self._keys: list[tuple[_Unchanged, SettingsKey]] = []
+        """Keys of late, as in train and in eval mode, with what tells whether they are right."""
 
-    def values(self) -> tuple[Any, ...]:
-        """The values now: a key of compiled programs."""
-        return tuple((self._now() | self._kept).items())
-
-    def _now(self) -> dict[str, Any]:
-        return {
-            f"{path}.{attribute}".lstrip("."): _frozen(value)
+    def key(self) -> SettingsKey:
+        """The values now."""
+        for unchanged, key in self._keys:
+            if unchanged.holds():
+                return key
+        named = [
+            (path, vars(child))
             for prefix, module in self.modules.items()
             for path, child in module.named_modules(prefix=prefix)
-            for attribute, value in vars(child).items()
+        ]
+        values = {
+            f"{path}.{attribute}".lstrip("."): _frozen(value)
+            for path, attributes in named
+            for attribute, value in attributes.items()
             if attribute not in _UNREAD
         }
+        key = SettingsKey(values | self._kept)
+        unchanged = _Unchanged([attributes for _, attributes in named])
+        self._keys = [(unchanged, key), *self._keys[: RECENT_KEYS - 1]]
+        return key
 
-    def keep_changed(self, before: tuple[Any, ...]) -> list[str]:
+    def keep_changed(self, before: SettingsKey) -> list[str]:
         """Keeps the values `before` for attributes that have others now, and names them, but for
         those that hold tensors of the step."""
-        old = dict(before)
-        now = self._now() | self._kept
+        after = self.key()
+        if after == before:
+            return []
+        now, old = after.values, before.values
         changed = [name for name in now | old if now.get(name) != old.get(name)]
         self._kept |= {name: old.get(name) for name in changed}
+        self._keys.clear()
         return [name for name in changed if now.get(name) != TRACED]
 
 

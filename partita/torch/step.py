@@ -136,7 +136,7 @@ class TrainingStep:
 
     def arguments(self, batch: Any) -> tuple[State, Any, Any, Any]:
         """The arguments of `function` for a batch of tensors, arrays or shapes."""
-        return self.state, self.optimizer.rates(), as_batch(batch), self._settings.values()
+        return self.state, self.optimizer.rates(), as_batch(batch), self._settings.key()
 
     def __call__(self, batch: Any) -> Any:
         """Trains on a batch and gives its loss, a scalar JAX array: `float(loss)`.
@@ -212,7 +212,7 @@ class TrainingStep:
         module = self.network.module
         modes = modes_of(module)
         module.eval()
-        settings = self._settings.values()
+        settings = self._settings.key()
         try:
             outputs = self._outputs(
                 self.state.params,

@@ -12,6 +12,7 @@ import pytest
 
 import partita
 import partita.torch
+from partita.torch.module import Settings
 
 torch: Any = pytest.importorskip(
     "torch", reason="PyTorch is not installed, so its modules are not tested: make test-torch"
@@ -898,3 +899,26 @@ def test_autocast_and_hooks_that_have_no_effect_are_named() -> None:
         "The hook of 'layer.weight' is not called",
         "A hook of the optimizer is not called: J",
     } <= told
+
+
+def test_settings_are_read_again_only_after_a_change() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.1))
+    settings = Settings(module, None)
+    first = settings.key()
+    assert settings.key() is first
+    module.eval()
+    other = settings.key()
+    assert other != first
+    module.train()
+    assert settings.key() is first
+    for change in (
+        lambda: setattr(module[1], "p", 0.2),
+        lambda: module.append(torch.nn.ReLU()),
+        lambda: module[0].register_forward_hook(lambda *args: None),
+        lambda: setattr(module, "rows", [1, {"a": torch.zeros(1)}]),
+        lambda: module.rows[1]["a"].add_(1),
+        lambda: module.rows[1].update(b=2),
+    ):
+        before = settings.key()
+        change()
+        assert settings.key() != before
