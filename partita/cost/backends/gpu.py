@@ -45,6 +45,7 @@ class XlaGpu(XlaAccelerator):
             cheap_elementwise=True,
             reads_written=True,
             row_kernels=True,
+            repeats_differences=True,
             reads_reversed=True,
             merges_products=True,
             adds_in_products=True,
