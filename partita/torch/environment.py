@@ -135,6 +135,7 @@ def environment() -> Environment:
     for pooling in ("avg_pool1d", "avg_pool2d", "avg_pool3d"):
         completed.override_op_definition(getattr(torch.ops.aten, pooling), _average_pooling)
     completed.override_op_definition(torch.normal, _normal)
+    completed.override_op_definition(torch.multinomial, _multinomial)
     for name, draw in noise.FILLS.items():
         fill = functools.partial(_filled, draw)
         completed.override_op_definition(getattr(torch.Tensor, name), fill)
@@ -761,6 +762,14 @@ def _normal(
     key = environment().get_and_rotate_prng_key(generator)
     result = _tensor(jax.lax.stop_gradient(noise.normal(key, shape, mean, std)))
     return result if dtype is None else result.to(dtype)
+
+
+def _multinomial(
+    input: Tensor, num_samples: int, replacement: bool = False, *, generator: Any = None
+) -> Tensor:
+    """`torch.multinomial`; torchax draws the same classes for all rows."""
+    key = environment().get_and_rotate_prng_key(generator)
+    return _tensor(noise.choices(key, input.jax(), num_samples, replacement))
 
 
 def _filled(

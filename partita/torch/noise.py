@@ -1,7 +1,7 @@
 """Random numbers with the meaning that PyTorch gives them, drawn by a key of JAX.
 
 torchax 0.0.13 draws standard normal numbers for all means and deviations, real numbers for whole
-ones, and leaves other operations out.
+ones, the same classes in all rows of weights, and leaves other operations out.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 LARGEST = 2**24
 """Bound of `random_()` without one: float32 has all whole numbers below."""
@@ -35,6 +36,14 @@ def _whole(key: Any, shape: Any, *bounds: int) -> jax.Array:
 
 def _bernoulli(key: Any, shape: Any, p: Any = 0.5) -> jax.Array:
     return jax.random.uniform(key, shape) < p
+
+
+def choices(key: Any, weights: jax.Array, count: int, replacement: bool) -> jax.Array:
+    """[..., count]: classes drawn for each row of weights [..., classes]."""
+    scores = jnp.log(weights)
+    if replacement:
+        return jax.random.categorical(key, scores[..., None, :], shape=(*scores.shape[:-1], count))
+    return jax.lax.top_k(scores + jax.random.gumbel(key, scores.shape), count)[1]
 
 
 FILLS: dict[str, Callable[..., jax.Array]] = {

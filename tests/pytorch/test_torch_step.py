@@ -331,6 +331,12 @@ DRAWS: dict[str, Callable[[Any], Any]] = {
     "exponential_": lambda ones: torch.empty_like(ones).exponential_(2),
     "cauchy_": lambda ones: torch.empty_like(ones).cauchy_(1, 0.5).clamp(-3, 3),
     "bernoulli_": lambda ones: torch.empty_like(ones).bernoulli_(0.8 * ones),
+    "choices": lambda ones: torch.multinomial(
+        ones.view(-1, 2) * torch.tensor([1.0, 3.0]), 2, True
+    ).float(),
+    "choices of others": lambda ones: torch.multinomial(
+        ones.view(-1, 4)[:, :3] * torch.tensor([1.0, 2.0, 3.0]), 2
+    ).float(),
     "gumbel": lambda ones: functional.gumbel_softmax(ones.view(-1, 2)),
 }
 
@@ -342,7 +348,7 @@ class Draws(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
         for index in range(len(DRAWS)):
-            self.register_buffer(f"drawn{index}", torch.zeros(20_000))
+            self.register_buffer(f"drawn{index}", torch.zeros(1))
 
     def forward(self, x: Any) -> Any:
         for index, draw in enumerate(DRAWS.values()):
@@ -369,6 +375,28 @@ def test_random_numbers_have_the_distribution_of_torch() -> None:
             torch.testing.assert_close(
                 statistic(ours), statistic(theirs), rtol=0.05, atol=0.05, msg=name
             )
+
+
+class Choices(nn.Module):
+    """The class that each row of equal weights draws."""
+
+    def __init__(self, replacement: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.replacement = replacement
+        self.register_buffer("drawn", torch.zeros(64, 1))
+
+    def forward(self, x: Any) -> Any:
+        self.drawn = torch.multinomial(torch.ones(64, 2), 1, self.replacement).float()
+        return self.weight.sum()
+
+
+@pytest.mark.parametrize("replacement", [False, True])
+def test_each_row_draws_classes_of_its_own(replacement: bool) -> None:
+    module = Choices(replacement)
+    step = partita.torch.training_step(module, None, sgd(module))
+    step(torch.zeros(1))
+    assert 0.2 < float(step.state_dict()["drawn"].mean()) < 0.8
 
 
 def test_a_submodule_of_two_names_is_the_users_own_afterwards() -> None:
