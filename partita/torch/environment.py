@@ -3,10 +3,10 @@
 torchax 0.0.13 differs from PyTorch in silence. Mended here: running statistics of batch
 normalizations, gradients through `torch.detach` and `torch.no_grad`, grouped transposed
 convolutions, attention to nothing, embeddings and their bags, classes out of range, some losses,
-distances and norms, average pooling, random numbers (`noise`), solutions of linear systems,
-tensors made without a device or moved to another one. Refused here: custom backward functions,
-gradients by PyTorch, generators, `tensor.data`, and changes in place that another tensor would
-show, because JAX's arrays share no memory.
+distances and norms, average pooling, antialiased and folded images (`images`), searches, random
+numbers (`noise`), solutions of linear systems, tensors made without a device or moved to another
+one. Refused here: custom backward functions, gradients by PyTorch, generators, `tensor.data`, and
+changes in place that another tensor would show, because JAX's arrays share no memory.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -26,7 +26,7 @@ import numpy as np
 
 from partita.capture.names import MODULE_SCOPE
 from partita.errors import CaptureError
-from partita.torch import noise
+from partita.torch import images, noise
 from partita.torch.extra import Package
 from partita.torch.recurrent import CELLS, network
 
@@ -70,6 +70,12 @@ def environment() -> Environment:
         trusts = False
         """Whether an operation of PyTorch's own runs, whose views in place show nowhere else."""
 
+        def __init__(self) -> None:
+            super().__init__()
+            self.read_attributes: set[tuple[int, str]] = set()
+            """Attributes without a value of the step that were read while it was traced last, by
+            the id of their module."""
+
         def _should_use_torchax_tensor(self, device: Any) -> bool:
             return device is None or super()._should_use_torchax_tensor(device)
 
@@ -92,18 +98,21 @@ def environment() -> Environment:
             name = _name_of(func)
             args, kwargs = _on_jax(name, args, kwargs or {})
             leaves = torch_tree.tree_leaves((args, kwargs))
-            tensors = [leaf for leaf in leaves if isinstance(leaf, torchax.Tensor)]
+            traced = [leaf for leaf in leaves if is_traced(leaf)]
+            tensors = [_owner(leaf) for leaf in traced]
             before = [tensor.jax() for tensor in tensors]
             is_in_place = name.endswith("_") and not name.startswith("__")
-            target = args[0] if is_in_place and args else None
+            target = args[0] if is_in_place and args else kwargs.get("out")
             if not self.trusts:
                 _check_writable(target)
             result = super().dispatch(func, types, args, kwargs)
-            if isinstance(target, torchax.Tensor) and name not in _SETTERS:
-                _check_written(name, target, before[0])
+            if is_traced(target) and name not in _SETTERS:
+                result = _written(
+                    name, target, result, before[[id(x) for x in traced].index(id(target))]
+                )
             _mark_views(name, args, result)
             if not torch.is_grad_enabled():
-                return _without_gradients(result, tensors, before)
+                return _without_gradients(result, traced, tensors, before)
             if name == "requires_grad_":
                 require_gradients(target, *args[1:], **kwargs)
             elif any(map(_requires_gradient, leaves)) and not _is_new(name):
@@ -134,6 +143,13 @@ def environment() -> Environment:
     completed.override_op_definition(torch.ops.aten.linalg_vector_norm, _vector_norm)
     for pooling in ("avg_pool1d", "avg_pool2d", "avg_pool3d"):
         completed.override_op_definition(getattr(torch.ops.aten, pooling), _average_pooling)
+    for mode in images.FILTERS:
+        operation = getattr(torch.ops.aten, f"_upsample_{mode}2d_aa")
+        completed.override_op_definition(operation, functools.partial(_antialiased, mode))
+    completed.override_op_definition(torch.nn.functional.fold, _fold)
+    completed.override_op_definition(torch.searchsorted, _searchsorted)
+    for take in (torch.take_along_dim, torch.Tensor.take_along_dim):
+        completed.override_op_definition(take, _take_along)
     completed.override_op_definition(torch.normal, _normal)
     completed.override_op_definition(torch.multinomial, _multinomial)
     for name, draw in noise.FILLS.items():
@@ -226,13 +242,30 @@ def _check_writable(target: Any) -> None:
         )
 
 
-def _check_written(name: str, target: Tensor, before: jax.Array) -> None:
-    """CaptureError if an operation in place left its target as it was."""
-    if target.jax() is before:
+def _owner(tensor: Any) -> Tensor:
+    """The tensor whose array a view shows."""
+    return _owner(tensor.parent) if isinstance(tensor, torchax.View) else tensor
+
+
+def _written(name: str, target: Any, result: Any, before: jax.Array) -> Any:
+    """`result`, or `target` after it was given the values that torchax left in a copy.
+
+    CaptureError if the operation is not one in place.
+    """
+    if _owner(target).jax() is not before:
+        return result
+    is_alike = isinstance(result, torch.Tensor) and result.shape == target.shape
+    if result is target or not is_alike:
         raise CaptureError(
             f"The forward pass uses '{name}', which torchax does not do in place. Write the "
-            "operation without the underscore, and assign its result."
+            "operation without the underscore or out=, and assign its result."
         )
+    values = result.jax().astype(before.dtype)
+    if isinstance(target, torchax.View):
+        target.update(values)
+    else:
+        target._elem = values
+    return target
 
 
 # ------------------------------------------------------------------------------------- gradients
@@ -256,15 +289,17 @@ def _is_new(name: str) -> bool:
     return name.startswith(("detach", "new_")) or name.endswith("_like")
 
 
-def _without_gradients(result: Any, tensors: Sequence[Tensor], before: Sequence[jax.Array]) -> Any:
-    """The result of an operation without its gradient; arguments that were changed in place keep
-    the gradient that they had `before`."""
+def _without_gradients(
+    result: Any, given: Sequence[Any], tensors: Sequence[Tensor], before: Sequence[jax.Array]
+) -> Any:
+    """The result of an operation without its gradient; `tensors` of the `given` arguments that were
+    changed in place keep the gradient that they had `before`."""
     for tensor, old in zip(tensors, before, strict=True):
         new = tensor.jax()
         is_alike = (new.shape, new.dtype) == (old.shape, old.dtype)
         if new is not old and is_alike:
             tensor._elem = _with_gradient_of(new, old)
-    arguments = {id(tensor) for tensor in tensors}
+    arguments = {id(argument) for argument in given}
 
     def stop(leaf: Any) -> Any:
         if not is_traced(leaf) or id(leaf) in arguments:
@@ -443,6 +478,8 @@ def _batch_norm(
     values = input.jax()
     others = [0, *range(2, values.ndim)]
     """All dims but the channels."""
+    if training and values.size == values.shape[1]:
+        raise ValueError(f"batch normalization of {list(values.shape)}: one value per channel")
     if training or running_mean is None or running_var is None:
         mean = jnp.mean(values, axis=others)
         variance = jnp.var(values, axis=others)
@@ -747,6 +784,66 @@ def _average_pooling(
     return _tensor((total / count).astype(values.dtype))
 
 
+def _antialiased(
+    mode: str,
+    input: Tensor,
+    output_size: Sequence[int] | None,
+    align_corners: bool,
+    *factors: Any,
+    scale_factors: Sequence[float] | None = None,
+) -> Tensor:
+    """`torch.nn.functional.interpolate` with antialias=True, whose overloads torchax mixes up."""
+    given = scale_factors or factors or (None, None)
+    if len(given) == 1:
+        given = given[0] or (None, None)
+    shape = input.shape[-2:]
+    size = output_size or [int(old * by) for old, by in zip(shape, given, strict=True)]
+    return _tensor(images.antialiased(mode, input.jax(), size, align_corners, given))
+
+
+def _fold(
+    input: Tensor,
+    output_size: Any,
+    kernel_size: Any,
+    dilation: Any = 1,
+    padding: Any = 0,
+    stride: Any = 1,
+) -> Tensor:
+    """`torch.nn.functional.fold`; torchax fails on paddings."""
+    sizes = (output_size, kernel_size, dilation, padding, stride)
+    pairs = [np.broadcast_to(size, 2).tolist() for size in sizes]
+    columns = input.jax()
+    result = images.folded(columns[None] if input.dim() == 2 else columns, *pairs)
+    return _tensor(result[0] if input.dim() == 2 else result)
+
+
+def _searchsorted(
+    sorted_sequence: Tensor,
+    input: Any,
+    *,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Tensor | None = None,
+) -> Tensor:
+    """`torch.searchsorted`; torchax takes no options."""
+    rows = sorted_sequence.jax()
+    if sorter is not None:
+        rows = jnp.take_along_axis(rows, sorter.jax(), axis=-1)
+    is_right = right or side == "right"
+    values = input.jax() if isinstance(input, torch.Tensor) else jnp.asarray(input)
+    find = functools.partial(jnp.searchsorted, side="right" if is_right else "left")
+    if rows.ndim == 1:
+        return _tensor(find(rows, values))
+    found = jax.vmap(find)(rows.reshape(-1, rows.shape[-1]), values.reshape(-1, values.shape[-1]))
+    return _tensor(found.reshape(values.shape))
+
+
+def _take_along(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
+    """`torch.take_along_dim`, which refuses the indices of 32 bits that JAX makes."""
+    return _tensor(jnp.take_along_axis(input.jax(), indices.jax(), dim))
+
+
 def _normal(
     mean: Any = 0.0,
     std: Any = 1.0,
@@ -884,6 +981,16 @@ def _refused_extensions() -> Iterator[None]:
     def normalize(module: Any, input: Any) -> Any:
         return _normalized(forward, module, input)
 
+    reads = environment().read_attributes
+    reads.clear()
+
+    def read_attribute(module: Any, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        is_outer = value is None or isinstance(value, torch.Tensor) and not is_traced(value)
+        if is_outer and name in object.__getattribute__(module, "__dict__"):
+            reads.add((id(module), name))
+        return value
+
     set_item = torchax.Tensor.__setitem__
 
     def set_checked(tensor: Any, key: Any, value: Any) -> None:
@@ -894,6 +1001,7 @@ def _refused_extensions() -> Iterator[None]:
 
     replaced: Sequence[tuple[Any, str, Any]] = (
         (normalization, "forward", normalize),
+        (torch.nn.Module, "__getattribute__", read_attribute),
         (torchax.Tensor, "__setitem__", set_checked),
         (torchax.Tensor, "flatten", torch.Tensor.flatten),
         # torchax's own converts the tensor itself
@@ -905,6 +1013,7 @@ def _refused_extensions() -> Iterator[None]:
         (torch.autograd.Function, "apply", classmethod(apply)),
         *((torch_hooks.BackwardHook, f"setup_{side}_hook", ignore) for side in ("input", "output")),
         (torchax.Tensor, "data", property(read_data)),
+        (torch.nn.init, "_no_grad_trunc_normal_", functools.partial(_filled, noise.truncated)),
     )
     originals = [vars(owner).get(name) for owner, name, _ in replaced]
     for owner, name, value in replaced:

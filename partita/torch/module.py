@@ -9,9 +9,11 @@ buffers are state.
 from __future__ import annotations
 
 import operator
+import random
 import sys
 import textwrap
 import traceback
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ from partita.capture.names import MODULE_SCOPE
 from partita.errors import CaptureError, PartitaError
 from partita.files.reading import short_reason
 from partita.torch.environment import (
+    environment,
     is_traced,
     require_gradients,
     tracing,
@@ -136,7 +139,22 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
     array = tensor.numpy()
+    check_whole_numbers(array)
     return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+
+
+LARGEST_WHOLE = 2**31 - 1
+
+
+def check_whole_numbers(array: np.ndarray) -> None:
+    """CaptureError for whole numbers of more than 32 bits, which JAX would cut off."""
+    is_wide = array.dtype in (np.int64, np.uint64) and array.size > 0
+    largest = max(int(array.max()), -int(array.min()) - 1) if is_wide else 0
+    if largest > LARGEST_WHOLE:
+        raise CaptureError(
+            f"A tensor has the whole number {largest:,}, and JAX computes with 32 bits. Give "
+            f"numbers up to {LARGEST_WHOLE:,}, such as ids taken modulo the size of a table."
+        )
 
 
 def to_torch(array: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -162,6 +180,7 @@ def as_batch(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, jax.Array, jax.ShapeDtypeStruct)):
         return value
     if isinstance(value, (np.ndarray, np.generic)) and _is_numeric(value.dtype):
+        check_whole_numbers(np.asarray(value))
         return value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
     is_array = hasattr(value, "dtype")
     kind = f"an array of {value.dtype}" if is_array else f"a {type(value).__name__}"
@@ -320,7 +339,7 @@ class Settings:
 
     def keep_changed(self, before: SettingsKey) -> list[str]:
         """Keeps the values `before` for attributes that have others now, and names them, but for
-        those that hold tensors of the step."""
+        those that hold tensors of the step and are not read before."""
         after = self.key()
         if after == before:
             return []
@@ -328,7 +347,18 @@ class Settings:
         changed = [name for name in now | old if now.get(name) != old.get(name)]
         self._kept |= {name: old.get(name) for name in changed}
         self._keys.clear()
-        return [name for name in changed if now.get(name) != TRACED]
+        read = self._names(environment().read_attributes)
+        return [name for name in changed if now.get(name) != TRACED or name in read]
+
+    def _names(self, attributes: set[tuple[int, str]]) -> set[str]:
+        """Names of attributes that are given with the id of their module."""
+        return {
+            f"{path}.{attribute}".lstrip(".")
+            for prefix, module in self.modules.items()
+            for path, child in module.named_modules(prefix=prefix)
+            for number, attribute in attributes
+            if number == id(child)
+        }
 
 
 class Versions:
@@ -383,8 +413,9 @@ class ModuleNetwork:
 
         A forward pass may change trained arrays too, under `torch.no_grad()`.
         """
-        with explained(self.module), tracing(self.module, key):
-            inputs, targets = self._split(wrapped(batch))
+        given = wrapped(batch)
+        with explained(self.module), tracing(self.module, key), _warned(given):
+            inputs, targets = self._split(given)
             outputs, arrays = self._call(trained, fixed, inputs)
             with jax.named_scope(MODULE_SCOPE + LOSS_SCOPE):
                 value = self._value(outputs, targets)
@@ -447,6 +478,37 @@ class ModuleNetwork:
         return value
 
 
+@contextmanager
+def _warned(batch: Any) -> Iterator[None]:
+    """Inside, the effects of a forward pass that a compiled step does not repeat are named."""
+    before = [tensor.jax() for tensor in _tensors_in(batch)]
+    drawn = _random_states()
+    yield
+    after = [tensor.jax() for tensor in _tensors_in(batch)]
+    if any(new is not old for new, old in zip(after, before, strict=True)):
+        warnings.warn(
+            "The forward pass changes its inputs in place, and the step leaves the batch as it is. "
+            "Give each batch once, or make new tensors.",
+            stacklevel=2,
+        )
+    if _random_states() != drawn:
+        warnings.warn(
+            "The forward pass draws random numbers by 'random' or 'numpy.random', which happens "
+            "only when the step is compiled. Use torch.rand.",
+            stacklevel=2,
+        )
+
+
+def _tensors_in(tree: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(tree) if is_traced(leaf)]
+
+
+def _random_states() -> tuple[Any, ...]:
+    """States of the global random numbers of Python and NumPy."""
+    _, numbers, place, *_ = np.random.get_state()
+    return random.getstate(), numbers.tobytes(), place
+
+
 def _line_of_user(error: Exception) -> str:
     """File, number and text of the innermost line outside PyTorch, JAX and Partita."""
     files = [Path(str(sys.modules[name].__file__)) for name in _FOREIGN]
@@ -477,10 +539,13 @@ def explained(module: torch.nn.Module) -> Iterator[None]:
     except Exception as error:
         line = _line_of_user(error)
         place = f" ({line})" if line else ""
+        is_missing = isinstance(error, (NotImplementedError, torchax.tensor.OperatorNotFound))
+        advice = "Try the module and the loss on this batch in PyTorch"
+        if is_missing:
+            advice = "JAX or torchax lacks it: write it with other operations"
         raise CaptureError(
             f"The step of '{name}' fails in {_call_that_failed(module, error)}{place}: "
-            f"{type(error).__name__}: {short_reason(str(error))}. Try the module and the loss on "
-            "this batch in PyTorch."
+            f"{type(error).__name__}: {short_reason(str(error))}. {advice}."
         ) from error
 
 

@@ -21,6 +21,13 @@ def normal(key: Any, shape: Any, mean: Any = 0.0, std: Any = 1.0) -> jax.Array:
     return mean + std * jax.random.normal(key, shape)
 
 
+def truncated(
+    key: Any, shape: Any, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0
+) -> jax.Array:
+    """Normal numbers between a and b."""
+    return mean + std * jax.random.truncated_normal(key, (a - mean) / std, (b - mean) / std, shape)
+
+
 def _exponential(key: Any, shape: Any, lambd: Any = 1.0) -> jax.Array:
     return jax.random.exponential(key, shape) / lambd
 

@@ -128,6 +128,7 @@ def _from_torch(
     if given._optimizer_step_pre_hooks or given._optimizer_step_post_hooks:
         warnings.warn(HOOK_IGNORED.format("A hook of the optimizer"), stacklevel=3)
     tensors = dict(module.named_parameters())
+    _check_parameters(given, tensors)
     name_of = {id(tensors[name]): name for name in trained}
     group_of: dict[str, int] = {}
     for number, group in enumerate(given.param_groups):
@@ -151,6 +152,19 @@ def _from_torch(
         formulas[number] = make(group)
     formula = formulas[0] if len(formulas) == 1 else optax.multi_transform(formulas, group_of)
     return Optimizer(formula, given, group_of, _settings_of(given))
+
+
+def _check_parameters(given: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """CaptureError if the optimizer trains a parameter that the module does not have."""
+    of_module = {id(tensor) for tensor in tensors.values()}
+    for group in given.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and id(parameter) not in of_module:
+                raise CaptureError(
+                    f"The optimizer has a parameter {list(parameter.shape)} that is not of the "
+                    "module, so the step would leave it as it is. Register it in the module; for a "
+                    "loss with parameters, compute the loss in forward, and give loss=None."
+                )
 
 
 def _is_of_torch(optimizer: Any) -> bool:

@@ -849,6 +849,14 @@ def test_a_metric_that_reads_all_rows_is_refused(metric: Any) -> None:
         model.fit(random_graph(), verbose=0)
 
 
+def test_a_metric_of_keras_without_weights_per_row_is_refused() -> None:
+    graph = random_graph(labels=np.eye(3)[np.arange(VERTICES) % 3])
+    model = gnn.GCN(hidden=4, classes=3, output="sigmoid")
+    model.compile("sgd", "binary_crossentropy", metrics=[keras.metrics.BinaryIoU()])
+    with pytest.raises(GraphError, match="metrics with one value per row"):
+        model.fit(graph, verbose=0)
+
+
 def against_the_mean(y_true: Any, y_pred: Any) -> Any:
     return keras.ops.mean(keras.ops.square(y_pred - keras.ops.mean(y_pred, axis=0)), axis=-1)
 

@@ -3,6 +3,7 @@
 They need the extra `partita[torch]`: `make test-torch` installs it and runs them.
 """
 
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -268,6 +269,13 @@ def test_operations_that_torchax_lacks_are_those_of_torch() -> None:
     assert_trains_as_torch(step, module, batches())
 
 
+def _changed(parameter: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of a parameter after a change in place."""
+    y = parameter * 1
+    change(y)
+    return y
+
+
 OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "norm of zeros": lambda p: functional.normalize(p * torch.tensor([[1.0], [0.0], [1.0]])),
     "3-norm of zeros": lambda p: functional.normalize(p * torch.tensor([[1.0], [0.0], [1.0]]), 3),
@@ -287,6 +295,24 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "ceil": lambda p: functional.avg_pool1d(p, 3, 2, 1, True),
     "ceil of two": lambda p: functional.avg_pool2d(p.view(1, 3, 2, 4), 3, 2, 1, True),
     "ceil without padding": lambda p: functional.avg_pool1d(p, 3, 2, 1, True, False),
+    "filled part": lambda p: _changed(p, lambda y: y[1:3].fill_(2.0)),
+    "filled part of a part": lambda p: _changed(p, lambda y: y[1:][:1].masked_fill_(y[1] > 0, 2.0)),
+    "eye into a tensor": lambda p: _changed(p.detach(), lambda y: torch.eye(3, 8, out=y)) * p,
+    "folded": lambda p: functional.fold(p.view(1, 4, 6), (3, 5), 2, padding=1, stride=2),
+    "folded apart": lambda p: functional.fold(p.view(6, 4), (5, 4), (3, 2), (1, 2), 0, (2, 1)),
+    "larger": lambda p: functional.interpolate(
+        p.view(1, 3, 2, 4), scale_factor=1.6, mode="bicubic", antialias=True
+    ),
+    "smaller": lambda p: functional.interpolate(
+        p.view(1, 1, 3, 8), (2, 3), mode="bilinear", antialias=True
+    ),
+    "smaller to the corners": lambda p: functional.interpolate(
+        p.view(1, 1, 3, 8), (2, 3), mode="bicubic", align_corners=True, antialias=True
+    ),
+    "searched": lambda p: (
+        p * torch.searchsorted(torch.arange(8.0).expand(3, 8), (9 * p.detach()).round(), right=True)
+    ),
+    "taken": lambda p: p.take_along_dim(p.argsort(1, descending=True)[:, :3], 1),
     "rest": lambda p: functional.avg_pool2d(p.view(1, 3, 2, 4), 2, 3, 1, divisor_override=3),
 }
 
@@ -337,6 +363,7 @@ DRAWS: dict[str, Callable[[Any], Any]] = {
     "choices of others": lambda ones: torch.multinomial(
         ones.view(-1, 4)[:, :3] * torch.tensor([1.0, 2.0, 3.0]), 2
     ).float(),
+    "trunc_normal_": lambda ones: nn.init.trunc_normal_(torch.empty_like(ones), 1, 0.5, 0.5, 2.0),
     "gumbel": lambda ones: functional.gumbel_softmax(ones.view(-1, 2)),
 }
 
@@ -610,6 +637,14 @@ REFUSED = {
         perceptron,
         lambda m: torch.optim.SGD(list(m.parameters())[:4], 0.1),
     ),
+    "is not of the module": (
+        perceptron,
+        lambda m: torch.optim.SGD([*m.parameters(), nn.Parameter(torch.ones(3))], 0.1),
+    ),
+    "one value per channel": (
+        lambda: nn.Sequential(nn.Flatten(0), nn.Unflatten(0, (1, -1)), nn.BatchNorm1d(16 * 12)),
+        sgd,
+    ),
     "'Adam' takes the parts of complex": (Complex, lambda m: torch.optim.Adam(m.parameters())),
     "A str is no optimizer": (perceptron, lambda m: "adam"),
     "no parameter that requires a gradient": (
@@ -645,6 +680,7 @@ def test_a_loss_and_a_norm_that_are_none_are_refused_in_a_sentence() -> None:
         ((["a"], torch.zeros(1)), "The batch contains a str: give tensors"),
         ((np.array(["a"]), torch.zeros(1)), "The batch contains an array of <U1: give tensors"),
         ((torch.zeros(2, 2).to_sparse(), torch.zeros(1)), "A tensor is sparse"),
+        ((torch.ones(3, 12), torch.full((3,), 2**40)), "whole number 1,099,511,627,776"),
         ((torch.zeros(0, 12), torch.zeros(0, dtype=torch.long)), "The batch is empty"),
         ((torch.ones(3, 12), torch.ones(3, 1, dtype=torch.long)), r"need classes of \[3\]"),
     ],
@@ -777,6 +813,69 @@ def test_attributes_that_the_forward_pass_changes_are_named() -> None:
         step(batch)
     step(batch)
     assert step._run._cache_size() == 1
+
+
+class Remembering(Branches):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = None
+
+    def forward(self, x: Any) -> Any:
+        y = self.dense(x)
+        y = y if self.last is None else y + self.last
+        self.last = y.detach()
+        return y
+
+
+class Showing(Branches):
+    """Only writes its attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = None
+
+    def forward(self, x: Any) -> Any:
+        self.last = self.dense(x)
+        return self.last
+
+
+class Doubling(Branches):
+    def forward(self, x: Any) -> Any:
+        return self.dense(x.mul_(2))
+
+
+class Throwing(Branches):
+    def forward(self, x: Any) -> Any:
+        return self.dense(x) * random.random()
+
+
+class Sampling(Branches):
+    def forward(self, x: Any) -> Any:
+        return self.dense(x) * np.random.rand()
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (Remembering, "The forward pass changes last"),
+        (Doubling, "changes its inputs in place"),
+        (Throwing, r"draws random numbers .* Use torch\.rand"),
+        (Sampling, r"draws random numbers .* Use torch\.rand"),
+    ],
+)
+def test_effects_that_are_not_repeated_are_named(make: Any, sentence: str) -> None:
+    module = make()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    with pytest.warns(UserWarning, match=sentence):
+        step(batches(1)[0])
+
+
+def test_an_attribute_that_is_only_written_is_not_named() -> None:
+    module = Showing()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(batches(1)[0])
 
 
 def test_weights_that_change_after_the_step_is_made_are_named() -> None:
