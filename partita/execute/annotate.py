@@ -14,7 +14,7 @@ from jax.extend.mlir import ir
 
 from partita.capture import stablehlo
 from partita.capture.barriers import BARRIER, join_barriers
-from partita.capture.conditionals import join_conditionals
+from partita.capture.conditionals import CONDITIONALS, join_conditionals
 from partita.cost.partial import PendingSums, pending_sums
 from partita.cost.reshard import Axes, reshard_steps
 from partita.execute.local_calls import write_local_calls
@@ -114,6 +114,8 @@ class Annotator:
             self._leave_unsummed(t)
         self._add_reshards(block)
         for operation in self.operations:
+            if operation.name in CONDITIONALS:
+                self._pin_yielded(operation)
             self._annotate_results(operation)
         self._annotate_arguments(block)
 
@@ -168,6 +170,20 @@ class Annotator:
                 self._pin_entering(entering, body)
         for value in carried:
             self._pin(value)
+
+    def _pin_yielded(self, conditional: Any) -> None:
+        """Pins values that branches yield in another sharding than the conditional's result.
+
+        XLA refuses branches whose results have different shardings.
+        """
+        for branch in stablehlo.inner_blocks(conditional):
+            terminator = list(branch)[-1].operation
+            for position, result in enumerate(conditional.results):
+                yielded = self.ids.get(terminator.operands[position])
+                sharding = self.layout.shardings[self.ids[result]]
+                if yielded is not None and self.layout.shardings[yielded] != sharding:
+                    value = self._constrain(terminator.operands[position], sharding)
+                    terminator.operands[position] = value
 
     def _pin_entering(self, entering: Any, body: Any) -> None:
         """Pins operands that become a loop's arguments of equal sharding."""
