@@ -23,7 +23,7 @@ from jax.extend.mlir import ir
 
 from partita.capture.instructions import dot_dims
 from partita.capture.names import layer_path, location_name, phase_of
-from partita.capture.stablehlo import main_block, producer_of, short
+from partita.capture.stablehlo import elements_of, main_block, producer_of, short
 
 DOT = "stablehlo.dot_general"
 SLICE = "stablehlo.slice"
@@ -305,10 +305,8 @@ def _added_pads(value: Any, reader: Any) -> list[Any] | None:
 
 def _pad_place(pad: Any) -> tuple[int, Range] | None:
     """(dim, range) of a value in its padded form, None unless zeros surround it in one dim."""
-    zero = producer_of(pad.operands[1])
-    if zero is None or zero.name != "stablehlo.constant":
-        return None
-    if np.any(np.asarray(ir.DenseElementsAttr(zero.attributes["value"]))):
+    zero = elements_of(pad.operands[1])
+    if zero is None or np.any(np.asarray(zero)):
         return None
     low = list(ir.DenseI64ArrayAttr(pad.attributes["edge_padding_low"]))
     high = list(ir.DenseI64ArrayAttr(pad.attributes["edge_padding_high"]))

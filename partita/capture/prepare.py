@@ -21,6 +21,7 @@ from partita.capture.stablehlo import (
     DTYPES,
     OPAQUE,
     context,
+    elements_of,
     functions_of,
     inner_blocks,
     main_block,
@@ -214,10 +215,8 @@ def _reduce_as_reshape(reduce: Any) -> None:
     operand = reduce.operands[0]
     if math.prod(operand.type.shape) != math.prod(reduce.results[0].type.shape):
         return
-    start = producer_of(reduce.operands[-1])
-    if start is None or start.name != "stablehlo.constant":
-        return
-    if np.any(np.asarray(ir.DenseElementsAttr(start.attributes["value"]))):
+    start = elements_of(reduce.operands[-1])
+    if start is None or np.any(np.asarray(start)):
         return
     reshape = ir.Operation.create(
         "stablehlo.reshape",

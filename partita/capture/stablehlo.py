@@ -124,6 +124,19 @@ def producer_of(value: Any) -> Any:
     return None if isinstance(value.owner, ir.Block) else value.owner.operation
 
 
+def elements_of(value: Any) -> ir.DenseElementsAttr | None:
+    """The elements of a constant.
+
+    None for other values, and for complex ones, which MLIR's Python cannot represent.
+    """
+    constant = producer_of(value)
+    if constant is None or constant.name != "stablehlo.constant":
+        return None
+    if "complex" in str(value.type):
+        return None
+    return ir.DenseElementsAttr(constant.attributes["value"])
+
+
 def copy_operations(
     operations: Iterable[Any],
     position: ir.InsertionPoint,

@@ -90,8 +90,8 @@ def _with_numbers(operations: Iterable[Any]) -> Iterator[tuple[int, dict[int, fl
 
 def _number(constant: Any) -> float | None:
     """The number that all elements of a constant are."""
-    value = ir.DenseElementsAttr(constant.attributes["value"])
-    if not value.is_splat:
+    value = stablehlo.elements_of(constant.results[0])
+    if value is None or not value.is_splat:
         return None
     element = value.get_splat_value()
     for kind in (ir.FloatAttr, ir.IntegerAttr):

@@ -209,7 +209,7 @@ def _computing(graph: OperatorGraph) -> list[int]:
 def _take_numbers(operation: Any, model: Any) -> None:
     """Replaces the floating-point numbers that an operation reads by those that another reads."""
     for position, (value, other) in enumerate(zip(operation.operands, model.operands, strict=True)):
-        own, number = _elements(value), _elements(other)
+        own, number = stablehlo.elements_of(value), stablehlo.elements_of(other)
         if own is None or number is None or not (own.is_splat and number.is_splat):
             continue
         splat = number.get_splat_value()
@@ -228,20 +228,12 @@ def _take_numbers(operation: Any, model: Any) -> None:
 def _reads_other_integers(one: Any, other: Any) -> bool:
     """Whether an operation reads a constant of integers that differs from that of another one."""
     for value, counterpart in zip(one.operands, other.operands, strict=True):
-        elements, others = _elements(value), _elements(counterpart)
+        elements, others = stablehlo.elements_of(value), stablehlo.elements_of(counterpart)
         if elements is None or others is None or value.type != counterpart.type:
             continue
         if isinstance(value.type.element_type, ir.IntegerType) and elements != others:
             return True
     return False
-
-
-def _elements(value: Any) -> ir.DenseElementsAttr | None:
-    """The elements of a constant; None for other values."""
-    operation = value.owner
-    if isinstance(operation, ir.Block) or operation.name != CONSTANT:
-        return None
-    return ir.DenseElementsAttr(operation.attributes["value"])
 
 
 class _Splitter:

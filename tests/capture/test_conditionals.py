@@ -93,3 +93,37 @@ def test_four_devices_do_as_planned_and_compute_the_same(plan, optimizer):
     traffic = re.findall(r"(\S.*): (.+) planned, (.+) emitted", "\n".join(lines))
     assert traffic
     assert all(planned == emitted for _, planned, emitted in traffic), lines
+
+
+def test_branches_that_yield_different_shardings_are_brought_to_one():
+    def step(weights, count, x):
+        gradient = jax.grad(lambda w: jnp.mean((x @ w) ** 2))(weights)
+        branches = [lambda w: w, lambda w: w + 1, lambda w: jnp.flip(w, 0)]
+        return jax.lax.switch(count % 3, branches, weights - 0.1 * gradient), count + 1
+
+    weights, count = jnp.ones((12, 8)), jnp.int32(0)
+    state = jnp.ones((12, 8)), jnp.int32(0)
+    x = jnp.linspace(0, 1, 16 * 12).reshape(16, 12)
+    parallel = partita.parallelize(step, (weights, count, x), devices=2, plan="fsdp")
+    for _ in range(3):
+        weights, count = step(weights, count, x)
+        state = parallel(*state, x)
+    assert jnp.allclose(weights, state[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("plan", ["dp", "tp"])
+def test_complex_values_are_padded_and_summed(plan):
+    def step(weights, phases, x):
+        def loss(weights, phases):
+            waves = jnp.fft.rfft(x @ weights, axis=1) * jnp.exp(1j * phases)
+            return jnp.mean(jnp.abs(waves[:, 1:3] + waves[:, 2:4]) ** 2)
+
+        gradients = jax.grad(loss, (0, 1))(weights, phases)
+        return weights - 0.1 * gradients[0], phases - 0.1 * gradients[1]
+
+    x = jnp.linspace(0, 1, 16 * 12).reshape(16, 12)
+    args = (jnp.linspace(-1, 1, 96).reshape(12, 8), jnp.linspace(0, 1, 5), x)
+    expected = step(*args)
+    results = partita.parallelize(step, args, devices=2, plan=plan)(*args)
+    for result, value in zip(results, expected, strict=True):
+        assert jnp.allclose(result, value, rtol=1e-4, atol=1e-5)
