@@ -23,6 +23,7 @@ from partita.machine import Machine
 from partita.planning import (
     PlanListener,
     SearchOptions,
+    check_functions,
     check_measurable,
     make_planner,
     resolve_machine,
@@ -64,7 +65,7 @@ class PlanOptions(TypedDict, total=False):
 class StepOptions(TypedDict, total=False):
     """Options of `parallelize`."""
 
-    static_argnums: Sequence[int]
+    static_argnums: int | Sequence[int]
     """Positions of arguments that are compiled in, as for `jax.jit`."""
     donate: bool | None
     """Whether the old state is donated; by default as the step's own `jax.jit` says, and yes
@@ -117,6 +118,7 @@ def simulate(
     The plan is a Plan, a plan file, the name of a baseline ("dp", "owt", "tensor parallel", ...),
     or "found": the fastest.
     """
+    check_functions(report=report)
     target_machine = resolve_machine(machine, devices)
     captured = capture_program(model, batch_size, batch, args, target_machine.target or None)
     return simulate_plan(captured, target_machine, plan, report)
@@ -200,6 +202,7 @@ def parallelize(
     from partita.execute.function import ParallelStep, current
 
     _check_names("parallelize", StepOptions, options)
+    check_functions(say=options.get("say"), report=options.get("report"))
     session = current()
     say = options.get("say") or (session.say if session is not None else notebook_say())
     if session is None and machine is None and devices is None and plan is None:
@@ -266,6 +269,9 @@ def manage(
     from partita.execute.function import ParallelStep, current
     from partita.management.managers import ManageOptions, new_manager
 
+    check_functions(say=say)
+    if log is not None and not isinstance(log, str | os.PathLike):
+        raise PartitaError(f"log is of type '{type(log).__name__}': give the path of a file.")
     program: Any = model
     session = current()
     if is_keras_model(program):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from partita.cost.energy import require_power
 from partita.errors import MemoryBudgetError, PlanError
 from partita.machine import Machine
-from partita.planning import DEFAULTS, SearchOptions, search_plan
+from partita.planning import DEFAULTS, SearchOptions, check_types, search_plan
 from partita.search.find import PlanResult
 
 if TYPE_CHECKING:
@@ -106,6 +106,15 @@ def compare_machines(
 
     Without prices, the cheapest epoch is the one with the fewest device hours.
     """
+    from partita.capture.jax_functions import Captured
+
+    if not isinstance(captured, Captured):
+        raise PlanError(
+            f"captured is of type '{type(captured).__name__}', not Captured: give the step that "
+            "partita.capture_program returns."
+        )
+    for machine in machines:
+        check_types(machine=machine)
     objective = objective or Objective()
     objective.check(captured.graph.batch_size)
     if objective.name == "joules":

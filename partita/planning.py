@@ -56,6 +56,34 @@ BASELINE_FIGURES = ("seconds", "seconds_compute", "peak_bytes", "traffic_bytes",
 """Figures of a baseline that a plan keeps as reasons."""
 
 
+ARGUMENTS: Mapping[str, tuple[type, str]] = {
+    "graph": (OperatorGraph, "the 'graph' of a captured program"),
+    "machine": (Machine, "partita.load_machine('h100:8')"),
+    "plan": (Plan, "a Plan, as partita.best_plan returns it"),
+}
+"""Arguments of public functions: their type, and what to give."""
+
+
+def check_types(**values: Any) -> None:
+    """PlanError for one of `ARGUMENTS` of another type."""
+    for name, value in values.items():
+        kind, fix = ARGUMENTS[name]
+        if not isinstance(value, kind):
+            raise PlanError(
+                f"{name} is of type '{type(value).__name__}', not {kind.__name__}: give {fix}."
+            )
+
+
+def check_functions(**values: Any) -> None:
+    """PlanError for an argument that is neither a function nor None."""
+    for name, value in values.items():
+        if value is not None and not callable(value):
+            raise PlanError(
+                f"{name} is of type '{type(value).__name__}', which cannot be called: give a "
+                "function, or None."
+            )
+
+
 @dataclass(frozen=True)
 class SearchOptions:
     """How to search. The defaults have no time limit, and give the same plan every time."""
@@ -79,6 +107,7 @@ class SearchOptions:
             raise PlanError(
                 f"seconds={seconds!r} is no time limit: give a number of at least 0, or None."
             )
+        check_functions(report=self.report, report_timing=self.report_timing)
 
 
 DEFAULTS = SearchOptions()
@@ -97,6 +126,11 @@ def resolve_machine(machine: str | Machine | None, devices: int | None = None) -
         from partita.execute.devices import detect
 
         return detect(devices)
+    if not isinstance(machine, Machine | str | os.PathLike):
+        raise MachineError(
+            f"machine is of type '{type(machine).__name__}': give a name ('h100:8'), a .toml file "
+            "or a Machine."
+        )
     whole = machine if isinstance(machine, Machine) else load(machine)
     if not devices or devices == whole.devices:
         return whole
@@ -129,27 +163,9 @@ def check_measurable(machine: str | Machine | None) -> None:
 # --------------------------------------------------------------------------------------- searches
 
 
-ARGUMENTS: Mapping[str, tuple[type, str]] = {
-    "graph": (OperatorGraph, "the 'graph' of a captured program"),
-    "machine": (Machine, "partita.load_machine('h100:8')"),
-    "plan": (Plan, "a Plan, as partita.best_plan returns it"),
-}
-"""Arguments of public functions: their type, and what to give."""
-
-
-def _check_types(**values: Any) -> None:
-    """PlanError for one of `ARGUMENTS` of another type."""
-    for name, value in values.items():
-        kind, fix = ARGUMENTS[name]
-        if not isinstance(value, kind):
-            raise PlanError(
-                f"{name} is of type '{type(value).__name__}', not {kind.__name__}: give {fix}."
-            )
-
-
 def best_plan(graph: OperatorGraph, machine: Machine, report: Report | None = None) -> Plan:
     """The fastest plan for a graph on a machine, with its reasons."""
-    _check_types(graph=graph, machine=machine)
+    check_types(graph=graph, machine=machine)
     return with_reasons(find(graph, machine, report))
 
 
@@ -319,7 +335,7 @@ def _alternative(
 
 def check_plan(plan: Plan, graph: OperatorGraph, machine: Machine) -> Plan:
     """A plan, fitted to the batch of a graph and to a machine; PlanError if it cannot be."""
-    _check_types(graph=graph, machine=machine, plan=plan)
+    check_types(graph=graph, machine=machine, plan=plan)
     if plan.devices > machine.devices:
         raise PlanError(
             f"The plan '{plan.name}' is for {plan.devices} devices; {machine.name} has "
@@ -559,7 +575,7 @@ def plan_that_compiles(
 
 def predict_plan(graph: OperatorGraph, machine: Machine, plan: Plan) -> Prediction:
     """Predicted seconds, memory and traffic of a plan for a graph on a machine."""
-    _check_types(graph=graph, machine=machine, plan=plan)
+    check_types(graph=graph, machine=machine, plan=plan)
     return simulated_prediction(graph, machine, check(plan, graph))
 
 

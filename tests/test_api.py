@@ -184,6 +184,32 @@ def test_an_option_that_a_verb_lacks_is_a_type_error_with_the_nearest_one() -> N
         partita.parallelize(made(), donates=True)  # pyright: ignore
 
 
+def scaled(weights: Any, x: Any, power: int) -> tuple[Any, Any]:
+    return weights - 0.1 * (x**power).mean(0), x.sum()
+
+
+def test_static_arguments_are_given_as_for_jax_jit() -> None:
+    args = (jnp.ones(8), jnp.ones((16, 8)), 2)
+    expected = scaled(*args)[0]
+    step = partita.parallelize(scaled, args, devices=2, plan="dp", static_argnums=2)
+    assert jnp.allclose(step(*args)[0], expected)
+    for wrong in (2.5, "x", {"power": 2}, True):
+        with pytest.raises(PartitaError, match="are no positions of arguments: give a whole"):
+            partita.parallelize(scaled, args, static_argnums=wrong)  # pyright: ignore
+
+
+def test_a_callback_that_is_no_function_and_a_log_that_is_no_path_are_named() -> None:
+    args = (jnp.ones(8), jnp.ones((16, 8)), 2)
+    with pytest.raises(PlanError, match="say is of type 'bool', which cannot be called: give a"):
+        partita.parallelize(scaled, args, say=True)  # pyright: ignore
+    with pytest.raises(PlanError, match="say is of type 'str'"):
+        partita.manage(made(), say="yes")  # pyright: ignore
+    with pytest.raises(PlanError, match="report is of type 'int'"):
+        partita.simulate(made(), 32, machine="h100:2", report=1)  # pyright: ignore
+    with pytest.raises(PartitaError, match="log is of type 'int': give the path of a file"):
+        partita.manage(made(), log=3)  # pyright: ignore
+
+
 def test_no_public_name_is_a_package_or_missing() -> None:
     for name in partita.__all__:
         value = getattr(partita, name)

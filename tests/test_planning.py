@@ -12,7 +12,9 @@ from partita import planning
 from partita.capture.functions import call_of, capture_call
 from partita.capture.jax_functions import Captured
 from partita.errors import MachineError, PlanError
+from partita.keras.layout_map import layout_map
 from partita.machine import host
+from partita.offers import compare_machines
 from partita.planning import (
     SearchOptions,
     best_plan,
@@ -81,6 +83,20 @@ def test_arguments_of_another_type_are_named() -> None:
     for function in (predict_plan, lambda graph, machine, plan: check_plan(plan, graph, machine)):
         with pytest.raises(PlanError, match="plan is of type 'NoneType', not Plan: give a Plan"):
             function(step.graph, SMALL, None)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="captured is of type 'int', not Captured: give the step"):
+        compare_machines(3, [SMALL])  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="machine is of type 'str', not Machine"):
+        compare_machines(step, ["h100:8"])  # type: ignore[list-item]
+    with pytest.raises(PlanError, match=r"plan is of type 'str', not Plan"):
+        layout_map("plan.json", None)  # type: ignore[arg-type]
+    with pytest.raises(MachineError, match=r"machine is of type 'list': give a name \('h100:8'\)"):
+        resolve_machine(["h100:8"])  # type: ignore[arg-type]
+    with pytest.raises(MachineError, match="count=2.5 is no number of devices"):
+        SMALL.with_devices(2.5)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match=r"There is no search \['mcmc'\]: use 'portfolio'"):
+        search_plan(step, SMALL, SearchOptions(search=["mcmc"]))  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="report is of type 'bool', which cannot be called"):
+        SearchOptions(report=True)  # type: ignore[arg-type]
 
 
 def test_microbatches_are_searched_only_where_no_other_plan_fits() -> None:

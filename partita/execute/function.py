@@ -35,6 +35,7 @@ from partita.management.managers import ManageOptions, ManagerFactory, new_manag
 from partita.plans.adapt import fit_plan
 from partita.plans.pipeline import is_pipeline
 from partita.plans.plan import Plan
+from partita.units import is_whole_number
 
 Planner = Callable[..., Plan]
 """Captured step -> plan. A MemoryBudgetError as second argument asks for a plan that needs less
@@ -53,6 +54,20 @@ def shapes_sentence(name: str, count: int) -> str:
         f"'{name}' has had batches of {count} shapes, and each is compiled anew. Pad batches to a "
         "few lengths, and leave out a smaller last one."
     )
+
+
+def positions_of(static_argnums: Any) -> tuple[int, ...]:
+    """The positions of static arguments, of one number or several, as for `jax.jit`."""
+    try:
+        given = (static_argnums,) if is_whole_number(static_argnums) else tuple(static_argnums)
+    except TypeError:
+        given = (static_argnums,)
+    if not all(is_whole_number(position) for position in given):
+        raise PartitaError(
+            f"static_argnums={static_argnums!r} are no positions of arguments: give a whole number "
+            "or a tuple of them, as for jax.jit."
+        )
+    return given
 
 
 def is_split(plan: Plan) -> bool:
@@ -188,7 +203,7 @@ class ParallelStep:
         function: Callable[..., Any],
         planner: Planner,
         *,
-        static_argnums: Sequence[int] = (),
+        static_argnums: int | Sequence[int] = (),
         donate: bool | None = None,
         say: Callable[[str], None] | None = None,
         target: CaptureTarget | None = None,
@@ -196,7 +211,7 @@ class ParallelStep:
         functools.update_wrapper(self, function, updated=())
         self.function = function
         self.planner = planner
-        self.static = tuple(static_argnums)
+        self.static = positions_of(static_argnums)
         self.say = say
         self.target = target
         self._donate = donate

@@ -10,6 +10,7 @@ import keras
 
 from partita.capture.program import capture_program
 from partita.errors import PlanError
+from partita.planning import check_types
 from partita.plans.check import check
 from partita.plans.layout import layout_of
 from partita.plans.plan import Plan
@@ -26,6 +27,7 @@ def layout_map(plan: Plan, model: Any, batch_size: int | None = None) -> Any:
     plan's, all others are chosen by XLA. PlanError if a Keras layout, which takes one whole axis
     per dim, cannot express the plan.
     """
+    check_types(plan=plan)
     dims_of = _parameter_dims(plan, model, batch_size)
     merged = _merged_axes(dims_of)
     used = {axis for axes in merged for axis in axes}

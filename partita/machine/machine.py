@@ -39,7 +39,14 @@ from partita.machine.parts import (
     slowest_kind,
 )
 from partita.machine.times import OperatorTimes
-from partita.units import exact, format_bandwidth, format_bytes, format_flops, format_seconds
+from partita.units import (
+    exact,
+    format_bandwidth,
+    format_bytes,
+    format_flops,
+    format_seconds,
+    is_whole_number,
+)
 
 POWER_SECTIONS = ("domain.", "thermal.")
 HOST_MEMORY = "host"
@@ -191,6 +198,9 @@ class Machine:
         Inner levels stay whole first, and every part gets the same number. Neighbouring torus
         levels are cut as square as possible. A cut ring or torus no longer closes: it is a mesh.
         """
+        if not is_whole_number(count):
+            raise MachineError(f"count={count!r} is no number of devices: give a whole number.")
+        count = int(count)
         if self.kinds and count == self.devices:
             return self
         if self.kinds:

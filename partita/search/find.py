@@ -205,7 +205,7 @@ def find(
         MemoryBudgetError: No plan fits. The message gives the smallest need.
         PlanError: The search is unknown, or `seconds` are too short for one plan.
     """
-    if search not in SEARCHES:
+    if not isinstance(search, str) or search not in SEARCHES:
         raise PlanError(f"There is no search {search!r}: use {', '.join(map(repr, SEARCHES))}.")
     request = _Request(
         graph,
