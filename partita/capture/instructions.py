@@ -140,6 +140,8 @@ def rule_of(
             return _select_and_scatter_rule(operation, operands, rule)
         if name == "scatter":
             return _scatter_rule(operation, operands, rule)
+        if name == "convolution" and integer_attribute(operation, "batch_group_count") > 1:
+            return _batch_grouped_rule(operation, rule)
         if name == "reduce" and not _has_all_reduce(operation):
             return dataclasses.replace(rule, reduction=(), gathered=rule.gathered + rule.reduction)
         return rule
@@ -160,6 +162,15 @@ def rule_of(
         tuple(mapping if tensor.shape else () for tensor in operands),
         tuple(mapping if tensor.shape else () for tensor in results),
     )
+
+
+def _batch_grouped_rule(operation: Any, rule: Rule) -> Rule:
+    """The rule of a convolution with groups of samples, whose result's samples are not split.
+
+    XLA aborts the process where they are: the image has them inside each group.
+    """
+    samples = rule.results[0][convolution_dims(operation)["out"][0]]
+    return dataclasses.replace(rule, gathered=tuple(sorted({*rule.gathered, *samples})))
 
 
 def _has_all_reduce(operation: Any) -> bool:

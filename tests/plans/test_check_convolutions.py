@@ -1,10 +1,13 @@
 """Splits of convolutions that XLA's partitioner computes wrong are refused."""
 
+import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
 
 from partita.capture.keras_models import capture_model
+from partita.capture.program import capture_program
 from partita.graph.operator_graph import OperatorGraph
 from partita.plans.check import illegal_reason
 from partita.plans.plan import mesh_for
@@ -65,3 +68,18 @@ def test_a_convolution_of_a_loop_is_split_in_space_over_all_axes(
     assert set(choice.values()) <= names
     reason = illegal_reason(graph, number, choice, MESH)
     assert (reason is None) == (not problem) and problem in (reason or "")
+
+
+def test_samples_of_a_convolution_with_groups_of_samples_are_not_split() -> None:
+    """XLA aborts the process."""
+
+    def step(kernel, images):
+        def loss(kernel):
+            result = jax.lax.conv_general_dilated(images, kernel, (1,), "SAME", batch_group_count=2)
+            return jnp.mean(result**2)
+
+        return kernel - jax.grad(loss)(kernel)
+
+    graph = capture_program(step, args=(jnp.ones((8, 4, 3)), jnp.ones((16, 4, 9)))).graph
+    rule = next(i.rule for i in graph.instructions if i.name == "convolution")
+    assert rule is not None and set(rule.results[0][0]) <= set(rule.gathered)
