@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from partita.cli.processes import _seed
 from partita.errors import PartitaError
 from partita.execute import members, processes
 from partita.execute.process_group import group
@@ -622,3 +623,10 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_the_weights_stay(
     with pytest.raises(PartitaError, match="cannot be saved in"):
         (tmp_path / "file").write_text("")
         partita.Checkpoint(tmp_path / "file")
+
+
+@pytest.mark.parametrize("seed", ["abc", "-1", "1.5", "", str(2**32)])
+def test_a_seed_that_is_none_is_said(seed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARTITA_SEED", seed)
+    with pytest.raises(PartitaError, match=f"PARTITA_SEED is '{seed}': write a whole number"):
+        _seed()

@@ -100,7 +100,11 @@ def join_processes(board: Path | None = None) -> bool:
 
 
 def _seed() -> str:
-    return os.environ.get("PARTITA_SEED", str(int.from_bytes(os.urandom(4)) >> 1))
+    """The seed of all processes: PARTITA_SEED, by default a random one."""
+    seed = os.environ.get("PARTITA_SEED", str(int.from_bytes(os.urandom(4)) >> 1))
+    if not (seed.isascii() and seed.isdigit() and int(seed) < 2**32):
+        raise PartitaError(f"PARTITA_SEED is '{seed}': write a whole number below 2^32.")
+    return seed
 
 
 def keep_stdout() -> None:
