@@ -483,7 +483,9 @@ def normalised(graph: Graph) -> Graph:
     return replace(graph, features=graph.features / np.where(sums > 0, sums, 1))
 
 
-def _numbers(logs: dict[str, Any]) -> dict[str, float]:
-    """Loss and metrics as plain numbers, the loss first."""
+def _numbers(logs: dict[str, Any]) -> dict[str, Any]:
+    """Loss and metrics as plain numbers, the loss first; an array for a metric by label."""
     names = sorted(logs, key=lambda name: name != "loss")
-    return {name: float(logs[name]) for name in names}
+    return {
+        name: np.asarray(logs[name]) if np.ndim(logs[name]) else float(logs[name]) for name in names
+    }

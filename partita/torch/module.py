@@ -235,8 +235,17 @@ def _frozen(value: Any, level: int = 0) -> Any:
     return Same(value)
 
 
-_UNREAD = frozenset(("_parameters", "_buffers", "_non_persistent_buffers_set"))
-"""Attributes of modules that are arguments of a step, or not read by one."""
+_UNREAD = frozenset(
+    (
+        "_parameters",
+        "_buffers",
+        "_non_persistent_buffers_set",
+        "_flat_weights",
+        "_flat_weight_refs",
+    )
+)
+"""Attributes of modules that are arguments of a step (the last two of recurrent networks), or not
+read by one."""
 RECENT_KEYS = 2
 """Keys of settings that are kept: of train and of eval mode."""
 

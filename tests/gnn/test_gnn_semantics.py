@@ -191,12 +191,16 @@ def test_micro_f1_is_over_the_vertices_of_the_mask() -> None:
     for devices, memory in ((1, None), (2, None), (1, "1MiB")):
         model = gnn.GCN(hidden=4, classes=3, output="sigmoid")
         metric = keras.metrics.F1Score("micro", threshold=0.5, name="f1")
-        model.compile("adam", "binary_crossentropy", metrics=[metric])
+        by_label = keras.metrics.F1Score(None, threshold=0.5, name="by_label")
+        model.compile("adam", "binary_crossentropy", metrics=[metric, by_label])
         model.fit(graph, epochs=1, verbose=0, devices=devices, memory=memory)
         given = model.predict(graph)[graph.test] > 0.5
         expected = labels[graph.test] > 0
         hits = 2 * (given & expected).sum() / (given.sum() + expected.sum())
-        assert model.evaluate(graph, return_dict=True)["f1"] == pytest.approx(hits, rel=1e-5)
+        of_labels = 2 * (given & expected).sum(0) / (given.sum(0) + expected.sum(0))
+        figures = model.evaluate(graph, return_dict=True)
+        assert figures["f1"] == pytest.approx(hits, rel=1e-5)
+        assert figures["by_label"] == pytest.approx(of_labels, rel=1e-5)
 
 
 def test_vertices_without_edges_attend_to_themselves() -> None:

@@ -1049,3 +1049,20 @@ def test_settings_are_read_again_only_after_a_change() -> None:
         before = settings.key()
         change()
         assert settings.key() != before
+
+
+def test_a_recurrent_network_changes_nothing_of_its_module() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells = nn.GRU(2, CLASSES, batch_first=True)
+
+        def forward(self, x: Any) -> Any:
+            return self.cells(x)[0][:, -1]
+
+    module = Last()
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    step = partita.torch.training_step(module, functional.mse_loss, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        step((torch.ones(4, 3, 2), torch.ones(4, CLASSES)))
