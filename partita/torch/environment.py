@@ -793,7 +793,7 @@ def _antialiased(
     scale_factors: Sequence[float] | None = None,
 ) -> Tensor:
     """`torch.nn.functional.interpolate` with antialias=True, whose overloads torchax mixes up."""
-    given = scale_factors or factors or (None, None)
+    given: Any = scale_factors or factors or (None, None)
     if len(given) == 1:
         given = given[0] or (None, None)
     shape = input.shape[-2:]
