@@ -16,7 +16,7 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -119,53 +119,61 @@ def environment() -> Environment:
                 torch_tree.tree_map_only(torch.Tensor, require_gradients, result)
             return result
 
-    functional = torch.nn.functional
     completed = Completed()
-    completed.override_op_definition(torch.ops.aten.detach, _detach)
-    completed.override_op_definition(torch.ops.aten.detach.default, _detach)
-    completed.override_op_definition(functional.batch_norm, _batch_norm)
-    completed.override_op_definition(functional.embedding, _embedding)
-    completed.override_op_definition(functional.embedding_bag, _embedding_bag)
+    for operation, function in _replacements():
+        completed.override_op_definition(operation, function)
+    return completed
+
+
+def _replacements() -> Iterator[tuple[Any, Callable[..., Any]]]:
+    """Operations that torchax computes otherwise than PyTorch, or not at all, with others."""
+    functional = torch.nn.functional
+    yield torch.ops.aten.detach, _detach
+    yield torch.ops.aten.detach.default, _detach
+    yield functional.batch_norm, _batch_norm
+    yield functional.embedding, _embedding
+    yield functional.embedding_bag, _embedding_bag
     for attention in (functional, torch.ops.aten):
-        function = attention.scaled_dot_product_attention
-        completed.override_op_definition(function, _attention)
+        yield attention.scaled_dot_product_attention, _attention
     for move in (torch.Tensor.cpu, torch.Tensor.cuda):
-        completed.override_op_definition(move, lambda tensor, *args, **kwargs: tensor)
+        yield move, _unmoved
     for loss in (functional.cross_entropy, functional.nll_loss):
-        completed.override_op_definition(loss, functools.partial(_loss_of_classes, loss))
-    completed.override_op_definition(torch.linalg.solve, _solve)
-    completed.override_op_definition(functional.multilabel_margin_loss, _multilabel_margin_loss)
-    completed.override_op_definition(functional.gaussian_nll_loss, _gaussian_nll_loss)
-    completed.override_op_definition(torch.ops.aten.binary_cross_entropy, _binary_cross_entropy)
-    completed.override_op_definition(torch.cdist, _distances)
-    completed.override_op_definition(functional.pdist, _distances_of_pairs)
-    completed.override_op_definition(torch.dist, _distance)
-    completed.override_op_definition(torch.ops.aten.linalg_vector_norm, _vector_norm)
+        yield loss, functools.partial(_loss_of_classes, loss)
+    yield torch.linalg.solve, _solve
+    yield functional.multilabel_margin_loss, _multilabel_margin_loss
+    yield functional.gaussian_nll_loss, _gaussian_nll_loss
+    yield torch.ops.aten.binary_cross_entropy, _binary_cross_entropy
+    yield torch.cdist, _distances
+    yield functional.pdist, _distances_of_pairs
+    yield torch.dist, _distance
+    yield torch.ops.aten.linalg_vector_norm, _vector_norm
     for pooling in ("avg_pool1d", "avg_pool2d", "avg_pool3d"):
-        completed.override_op_definition(getattr(torch.ops.aten, pooling), _average_pooling)
+        yield getattr(torch.ops.aten, pooling), _average_pooling
     for mode in images.FILTERS:
         operation = getattr(torch.ops.aten, f"_upsample_{mode}2d_aa")
-        completed.override_op_definition(operation, functools.partial(_antialiased, mode))
-    completed.override_op_definition(torch.nn.functional.fold, _fold)
-    completed.override_op_definition(torch.searchsorted, _searchsorted)
+        yield operation, functools.partial(_antialiased, mode)
+    yield functional.fold, _fold
+    yield torch.searchsorted, _searchsorted
     for take in (torch.take_along_dim, torch.Tensor.take_along_dim):
-        completed.override_op_definition(take, _take_along)
-    completed.override_op_definition(torch.normal, _normal)
-    completed.override_op_definition(torch.multinomial, _multinomial)
+        yield take, _take_along
+    yield torch.normal, _normal
+    yield torch.multinomial, _multinomial
     for name, draw in noise.FILLS.items():
         fill = functools.partial(_filled, draw)
-        completed.override_op_definition(getattr(torch.Tensor, name), fill)
-        completed.override_op_definition(getattr(torch.ops.aten, name), fill)
+        yield getattr(torch.Tensor, name), fill
+        yield getattr(torch.ops.aten, name), fill
     for convolution in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d):
-        by_group = functools.partial(_transposed_convolution, convolution)
-        completed.override_op_definition(convolution, by_group)
+        yield convolution, functools.partial(_transposed_convolution, convolution)
     for cell in (f"{kind}_cell" for kind in CELLS):
         function = getattr(torch, cell)
-        completed.override_op_definition(function, functools.partial(_trusted, function))
+        yield function, functools.partial(_trusted, function)
     for kind in CELLS:
-        by_loop = functools.partial(_recurrent, kind)
-        completed.override_op_definition(getattr(torch, kind), by_loop)
-    return completed
+        yield getattr(torch, kind), functools.partial(_recurrent, kind)
+
+
+def _unmoved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The tensor itself: a step runs on the devices of its plan."""
+    return tensor
 
 
 def _trusted(function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -330,19 +330,15 @@ class Settings:
         for unchanged, key in self._keys:
             if unchanged.holds():
                 return key
-        named = [
-            (path, vars(child))
-            for prefix, module in self.modules.items()
-            for path, child in module.named_modules(prefix=prefix)
-        ]
+        named = self._named_modules()
         values = {
-            f"{path}.{attribute}".lstrip("."): _frozen(value)
-            for path, attributes in named
-            for attribute, value in attributes.items()
+            _joined(path, attribute): _frozen(value)
+            for path, child in named
+            for attribute, value in vars(child).items()
             if attribute not in _UNREAD
         }
         key = SettingsKey(values | self._kept)
-        unchanged = _Unchanged([attributes for _, attributes in named])
+        unchanged = _Unchanged([vars(child) for _, child in named])
         self._keys = [(unchanged, key), *self._keys[: RECENT_KEYS - 1]]
         return key
 
@@ -361,13 +357,25 @@ class Settings:
 
     def _names(self, attributes: set[tuple[int, str]]) -> set[str]:
         """Names of attributes that are given with the id of their module."""
+        path_of = {id(child): path for path, child in self._named_modules()}
         return {
-            f"{path}.{attribute}".lstrip(".")
-            for prefix, module in self.modules.items()
-            for path, child in module.named_modules(prefix=prefix)
+            _joined(path_of[number], attribute)
             for number, attribute in attributes
-            if number == id(child)
+            if number in path_of
         }
+
+    def _named_modules(self) -> list[tuple[str, torch.nn.Module]]:
+        """All modules with their paths."""
+        return [
+            named
+            for prefix, module in self.modules.items()
+            for named in module.named_modules(prefix=prefix)
+        ]
+
+
+def _joined(path: str, attribute: str) -> str:
+    """The name of an attribute of the module at a path."""
+    return f"{path}.{attribute}" if path else attribute
 
 
 class Versions:
