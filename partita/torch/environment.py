@@ -46,7 +46,8 @@ else:
     torch_tree = Package("torch.utils._pytree")
     torch_hooks = Package("torch.utils.hooks")
     torchax = Package("torchax.tensor")
-    torchax_functions = Package("torchax.ops.jtorch")
+    torchax_device = Package("torchax.device_module")
+torchax_functions = Package("torchax.ops.jtorch")
 
 
 AUTOCAST_IGNORED = (
@@ -87,6 +88,16 @@ def environment() -> Environment:
                 )
             return super().get_and_rotate_prng_key()
 
+        def _get_op_or_decomp(self, func: Any) -> Any:
+            try:
+                return super()._get_op_or_decomp(func)
+            except torchax.OperatorNotFound:
+                out_of_place = _out_of_place(func)
+                if out_of_place is None:
+                    raise
+                # `dispatch` gives its values to the target.
+                return super()._get_op_or_decomp(out_of_place)
+
         def _to_copy(self, the_tensor: Any, new_dtype: Any, new_device: Any) -> Any:
             # A step runs on the devices of its plan: moves to others have no effect.
             device = None if is_traced(the_tensor) else new_device
@@ -119,6 +130,9 @@ def environment() -> Environment:
                 torch_tree.tree_map_only(torch.Tensor, require_gradients, result)
             return result
 
+    # Otherwise PyTorch pins the memory of batches and places modules on an accelerator that it
+    # cannot use: DataLoader(pin_memory=True), DataParallel and torch.compile would fail.
+    torch.jax.is_available = lambda: False
     completed = Completed()
     for operation, function in _replacements():
         completed.override_op_definition(operation, function)
@@ -190,6 +204,13 @@ def _name_of(func: Any) -> str:
     """Name of a function or operation, without its namespace and overload."""
     name = func.name() if callable(getattr(func, "name", None)) else func.__name__
     return name.rpartition("::")[2].partition(".")[0]
+
+
+def _out_of_place(func: Any) -> Any:
+    """The operation that computes what another one writes into its target, as exp for exp_."""
+    name = _name_of(func)
+    is_in_place = isinstance(func, torch._ops.OpOverload) and name.endswith("_")
+    return getattr(torch.ops.aten, name[:-1], None) if is_in_place else None
 
 
 def is_traced(value: Any) -> bool:
@@ -333,8 +354,13 @@ def _jvp(primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
     return values, tangents[1]
 
 
-def _tensor(values: jax.Array) -> Tensor:
+def _tensor(values: jax.Array | jax.ShapeDtypeStruct) -> Tensor:
     return torchax.Tensor(values, environment())
+
+
+def shape_tensor(array: jax.Array) -> Tensor:
+    """A tensor with the shape and the dtype of an array, without values."""
+    return _tensor(jax.ShapeDtypeStruct(array.shape, array.dtype))
 
 
 def wrapped(tree: Any) -> Any:
@@ -1021,6 +1047,8 @@ def _refused_extensions() -> Iterator[None]:
         (torch.autograd.Function, "apply", classmethod(apply)),
         *((torch_hooks.BackwardHook, f"setup_{side}_hook", ignore) for side in ("input", "output")),
         (torchax.Tensor, "data", property(read_data)),
+        # a check of values, which raises in Python
+        (torch.distributions.Distribution, "_validate_args", False),
         (torch.nn.init, "_no_grad_trunc_normal_", functools.partial(_filled, noise.truncated)),
     )
     originals = [vars(owner).get(name) for owner, name, _ in replaced]

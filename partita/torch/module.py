@@ -8,6 +8,7 @@ buffers are state.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
+import copy
 import operator
 import random
 import sys
@@ -15,7 +16,8 @@ import textwrap
 import traceback
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ from partita.torch.environment import (
     environment,
     is_traced,
     require_gradients,
+    shape_tensor,
     tracing,
     unwrapped,
     wrapped,
@@ -173,7 +176,8 @@ def as_batch(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return _shape(value) if value.is_meta else to_numpy(value)
     if isinstance(value, Mapping):
-        return {name: as_batch(item) for name, item in value.items()}
+        # JAX sorts the keys of a dict, and a forward pass may go through its arguments.
+        return OrderedDict((name, as_batch(item)) for name, item in value.items())
     if isinstance(value, (list, tuple)):
         items = [as_batch(item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
@@ -190,15 +194,6 @@ def as_batch(value: Any) -> Any:
     )
 
 
-def _is_numeric(dtype: Any) -> bool:
-    return dtype == np.bool_ or jnp.issubdtype(dtype, np.number)
-
-
-def modes_of(module: torch.nn.Module) -> tuple[bool, ...]:
-    """Per submodule, whether it is in train mode."""
-    return tuple(child.training for child in module.modules())
-
-
 class Same:
     """An object, equal to itself alone."""
 
@@ -210,6 +205,70 @@ class Same:
 
     def __hash__(self) -> int:
         return id(self.value)
+
+
+def mapped(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """A copy of a value with other tensors, in containers and attributes of objects too."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        items = [mapped(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, Mapping):
+        result = copy.copy(value) if isinstance(value, MutableMapping) else {}
+        for name, item in value.items():
+            result[name] = mapped(function, item)
+        return result
+    if not hasattr(value, "__dict__") or callable(value):
+        return value
+    result = copy.copy(value)
+    for name, item in vars(value).items():
+        object.__setattr__(result, name, mapped(function, item))
+    return result
+
+
+@jax.tree_util.register_pytree_node_class
+class Outputs:
+    """The outputs of a module as JAX arrays, with the objects that hold them."""
+
+    def __init__(self, arrays: Sequence[Any], holder: Same) -> None:
+        self.arrays = arrays
+        self.holder = holder
+        """Of the outputs with tensors that have shapes alone."""
+
+    @classmethod
+    def of(cls, outputs: Any) -> Outputs:
+        """The outputs of a module that is traced."""
+        arrays: list[Any] = []
+
+        def noted(tensor: torch.Tensor) -> torch.Tensor:
+            if not is_traced(tensor):
+                return tensor
+            arrays.append(tensor.jax())
+            return shape_tensor(arrays[-1])
+
+        return cls(arrays, Same(mapped(noted, outputs)))
+
+    def tree_flatten(self) -> tuple[Sequence[Any], Same]:
+        return self.arrays, self.holder
+
+    @classmethod
+    def tree_unflatten(cls, holder: Same, arrays: Sequence[Any]) -> Outputs:
+        return cls(arrays, holder)
+
+    def with_tensors(self, tensor_of: Callable[[Any], torch.Tensor]) -> Any:
+        """The outputs with tensors of the arrays."""
+        arrays = iter(self.arrays)
+        return mapped(lambda x: tensor_of(next(arrays)) if is_traced(x) else x, self.holder.value)
+
+
+def _is_numeric(dtype: Any) -> bool:
+    return dtype == np.bool_ or jnp.issubdtype(dtype, np.number)
+
+
+def modes_of(module: torch.nn.Module) -> tuple[bool, ...]:
+    """Per submodule, whether it is in train mode."""
+    return tuple(child.training for child in module.modules())
 
 
 TRACED = "traced"
@@ -442,11 +501,11 @@ class ModuleNetwork:
 
     def outputs_of(
         self, trained: Arrays, fixed: Arrays, key: Any, inputs: Any, settings: Any
-    ) -> Any:
-        """The module's outputs, as JAX arrays; programs are told apart by its `settings`."""
+    ) -> Outputs:
+        """The module's outputs; programs are told apart by its `settings`."""
         with explained(self.module), tracing(self.module, key):
             outputs, _ = self._call(trained, fixed, wrapped(inputs))
-        return unwrapped(outputs)
+            return Outputs.of(outputs)
 
     def _split(self, batch: Any) -> tuple[Any, Any]:
         """(inputs, targets) of a batch; without a loss, all of it is input."""
@@ -486,11 +545,17 @@ class ModuleNetwork:
             value = outputs
         else:
             value = getattr(outputs, "loss", None)
+        source = "The module, without a loss function," if self.loss is None else "The loss"
         if not isinstance(value, torch.Tensor) or value.dim() != 0:
-            source = "The module, without a loss function," if self.loss is None else "The loss"
             raise CaptureError(
                 f"{source} returns no scalar tensor. Return the mean over the batch, or give "
                 "a loss function of (outputs, targets)."
+            )
+        if not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise CaptureError(
+                f"{source} returns a number of {kind}, which has no gradient. Return a real number "
+                "that is computed without argmax, rounding or comparisons."
             )
         return value
 

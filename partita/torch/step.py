@@ -17,6 +17,7 @@ from partita.execute.process_arrays import whole
 from partita.execute.processes import alone
 from partita.machine import Machine
 from partita.plans.plan import Plan
+from partita.torch.environment import environment
 from partita.torch.extra import Package
 from partita.torch.module import (
     Arrays,
@@ -225,7 +226,7 @@ class TrainingStep:
         finally:
             for child, mode in zip(module.modules(), modes, strict=True):
                 child.training = mode
-        return jax.tree.map(_as_tensor, outputs)
+        return outputs.with_tensors(_as_tensor)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The weights and buffers for `module.load_state_dict`, on the CPU."""
@@ -315,6 +316,7 @@ def training_step(
             f"'{type(module).__name__}' has no parameter that requires a gradient, so there is "
             "nothing to train. Call module.requires_grad_(True)."
         )
+    environment()
     made = optimizer_of(optimizer, module, names.trained)
     params = arrays_of(module, names.trained)
     is_on_meta = any(isinstance(x, jax.ShapeDtypeStruct) for x in params.values())

@@ -6,7 +6,8 @@ They need the extra `partita[torch]`: `make test-torch` installs it and runs the
 import random
 import warnings
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -297,6 +298,8 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "ceil without padding": lambda p: functional.avg_pool1d(p, 3, 2, 1, True, False),
     "filled part": lambda p: _changed(p, lambda y: y[1:3].fill_(2.0)),
     "filled part of a part": lambda p: _changed(p, lambda y: y[1:][:1].masked_fill_(y[1] > 0, 2.0)),
+    "powers in place": lambda p: _changed(p, lambda y: y.exp_().neg_().clamp_min_(-9).sigmoid_()),
+    "powers of a part": lambda p: _changed(p, lambda y: y[:, 1:3].exp_()),
     "eye into a tensor": lambda p: _changed(p.detach(), lambda y: torch.eye(3, 8, out=y)) * p,
     "folded": lambda p: functional.fold(p.view(1, 4, 6), (3, 5), 2, padding=1, stride=2),
     "folded apart": lambda p: functional.fold(p.view(6, 4), (5, 4), (3, 2), (1, 2), 0, (2, 1)),
@@ -312,6 +315,7 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "searched": lambda p: (
         p * torch.searchsorted(torch.arange(8.0).expand(3, 8), (9 * p.detach()).round(), right=True)
     ),
+    "density": lambda p: torch.distributions.Normal(p, p.abs() + 1).log_prob(p.detach()),
     "taken": lambda p: p.take_along_dim(p.argsort(1, descending=True)[:, :3], 1),
     "rest": lambda p: functional.avg_pool2d(p.view(1, 3, 2, 4), 2, 3, 1, divisor_override=3),
 }
@@ -674,6 +678,20 @@ def test_a_loss_and_a_norm_that_are_none_are_refused_in_a_sentence() -> None:
 
 
 @pytest.mark.parametrize(
+    ("loss", "kind"),
+    [
+        (lambda outputs, targets: outputs.argmax(), "int32"),
+        (lambda outputs, targets: torch.complex(outputs, outputs).sum(), "complex64"),
+    ],
+)
+def test_a_loss_that_is_no_real_number_is_refused(loss: Any, kind: str) -> None:
+    module = perceptron()
+    step = partita.torch.training_step(module, loss, sgd(module))
+    with pytest.raises(partita.PartitaError, match=f"a number of {kind}, which has no gradient"):
+        step(batches(1)[0])
+
+
+@pytest.mark.parametrize(
     ("batch", "sentence"),
     [
         ("abc", "The batch contains a str: give tensors"),
@@ -980,6 +998,69 @@ def test_predictions_in_bfloat16_are_tensors() -> None:
     step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
     x = batches(1)[0][0].bfloat16()
     torch.testing.assert_close(step.predict(x), module(x).detach())
+
+
+class Ordered(Branches):
+    """Goes through its arguments, each of which has a weight of its own."""
+
+    def forward(self, **parts: Any) -> Any:
+        return self.dense(torch.cat([*parts.values()], 1))
+
+
+def test_dicts_keep_their_order() -> None:
+    def loss(outputs: Any, targets: Any) -> Any:
+        first, second = targets.values()
+        return functional.mse_loss(outputs, first) + outputs.mul(second).sum()
+
+    module = Ordered()
+    step = partita.torch.training_step(module, loss, sgd(module))
+    inputs = {"b": torch.rand(4, 5), "a": torch.rand(4, 7)}
+    targets = {2: torch.rand(4, CLASSES), 1: torch.rand(4, CLASSES)}
+    expected = float(loss(module(**inputs), targets).detach())
+    assert float(step((inputs, targets))) == pytest.approx(expected, rel=1e-5)
+
+
+class Several(NamedTuple):
+    logits: Any
+    parts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Held:
+    several: Several
+    normal: Any
+    constant: Any
+    name: str = "held"
+
+
+class Structured(Branches):
+    def forward(self, x: Any) -> Held:
+        y = self.dense(x)
+        several = Several(y, {"b": y + 1, "a": None})
+        return Held(several, torch.distributions.Normal(y, 1.0), torch.ones(2))
+
+
+def test_predictions_have_the_structure_of_the_outputs() -> None:
+    module = Structured()
+    step = partita.torch.training_step(module, lambda y, t: y.several.logits.sum(), sgd(module))
+    x = batches(1)[0][0]
+    for _ in range(2):
+        held = step.predict(x)
+        expected = module(x)
+        assert list(held.several.parts) == ["b", "a"]
+        assert (held.several.parts["a"], held.name) == (None, "held")
+        torch.testing.assert_close(held.several.logits, expected.several.logits.detach())
+        torch.testing.assert_close(held.normal.mean, held.several.parts["b"] - 1)
+        assert held.constant.tolist() == [1, 1]
+
+
+def test_a_step_leaves_the_memory_of_batches_to_torch() -> None:
+    module = perceptron()
+    partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    assert not torch.accelerator.is_available()
+    wrapped = nn.DataParallel(module)
+    with pytest.raises(partita.PartitaError, match="Give the module inside it"):
+        partita.torch.training_step(wrapped, functional.cross_entropy, sgd(module))
 
 
 class Bounded(Branches):
