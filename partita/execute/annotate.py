@@ -7,6 +7,7 @@ propagation decides nothing, and XLA's partitioner emits the planned collectives
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -260,11 +261,13 @@ class Annotator:
         starts = {(tensor, -1): self.values[tensor] for tensor in range(len(self.values))}
         resharded: dict[tuple[Source, Chain], Any] = {}
         replacements: list[tuple[int, int, Any]] = []
-        for read in self.layout.reads:
+        slices: dict[int, list[tuple[Any, Sharding]]] = defaultdict(list)
+        """Gradient -> slices of earlier ones that gathers after it wait for, too."""
+        for read in sorted(self.layout.reads, key=lambda read: read.after >= 0):
             source = self._source(read)
             chain = chains[source, read.target]
             if source not in starts:
-                starts[source] = self._behind(read)
+                starts[source] = self._behind(read, slices.pop(read.after, []))
             value = starts[source]
             for n in range(1, len(chain)):
                 key = (source, chain[: n + 1])
@@ -275,6 +278,8 @@ class Annotator:
                 value = resharded[key]
             if len(continuations[source, chain]) > 1:
                 value = self._constrain(value, chain[-1])
+            if self.is_whole and read.before >= 0:
+                slices[read.before].append((value, read.target))
             for index, position in read.readers:
                 replacements.append((index, position, value))
         terminator = list(block)[-1].operation
@@ -286,8 +291,8 @@ class Annotator:
         """The value that a read reshards. In a piece, nothing waits for a gradient."""
         return read.tensor, read.after if self.is_whole else -1
 
-    def _behind(self, read: Read) -> Any:
-        """The tensor of a read behind a barrier, which waits for the read's gradient.
+    def _behind(self, read: Read, slices: Sequence[tuple[Any, Sharding]]) -> Any:
+        """The tensor of a read behind a barrier, which waits for the read's gradient and `slices`.
 
         A constraint of its own keeps the barrier from reading the end of another chain: a slice of
         the gathered tensor, which then stays in memory.
@@ -296,9 +301,11 @@ class Annotator:
         values = [self.values[t] for t in tensors]
         values[0] = self._constrain(values[0], self.layout.shardings[read.tensor])
         gradient = values[1].owner.operation
-        shardings = ", ".join(
-            f"<@{MESH}, {self._dims_text(self.layout.shardings[t])}>" for t in tensors
-        )
+        layout = [self.layout.shardings[t] for t in tensors]
+        for value, sharding in slices:
+            values.append(value)
+            layout.append(sharding)
+        shardings = ", ".join(f"<@{MESH}, {self._dims_text(sharding)}>" for sharding in layout)
         barrier = ir.Operation.create(
             BARRIER,
             results=[value.type for value in values],

@@ -7,8 +7,9 @@ the comparison with the compiler all read the same `Layout`, so they cannot disa
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
@@ -26,7 +27,7 @@ from partita.graph.operator_graph import (
     per_graph,
     producers,
 )
-from partita.plans.plan import Mesh, Plan, Storage, is_accelerator, placed_slice
+from partita.plans.plan import Mesh, Plan, Storage, is_accelerator, is_gpu, placed_slice
 
 Sharding = tuple[tuple[int, ...], ...]
 """Per dim of a tensor, the mesh axes (by index) that split it, major to minor."""
@@ -45,6 +46,9 @@ class Read:
     after: int = -1
     """A gradient before which the reshard does not begin, -1 for none: a stored parameter is
     gathered again for the backward pass, so that the first copy need not stay in memory."""
+    before: int = -1
+    """Of a gradient's slice: the gradient of which a later gather is `after`, -1 for none. That
+    gather waits for this reshard too, so that the whole gradient need not stay in memory."""
 
 
 @dataclass(frozen=True)
@@ -255,9 +259,14 @@ def _layout_of(key: IdentityKey[OperatorGraph], splits: _Splits) -> Layout:
     builder.read_gathered()
     builder.read_results()
     reads = []
-    for (tensor, operator, target), readers in builder.reads.items():
-        read = Read(tensor, operator, target, tuple(readers))
-        reads += _gathered_again(graph, read) if tensor in builder.slices else [read]
+    updating = set()
+    for needed, readers in builder.reads.items():
+        read = Read(*needed, tuple(readers))
+        reads += _gathered_again(graph, read) if read.tensor in builder.slices else [read]
+        if needed in builder.updating:
+            updating.add(read)
+    if is_gpu(graph.target):
+        reads = _summed_early(graph, reads, updating)
     host = offloaded(graph, plan)
     return Layout(tuple(builder.shardings), tuple(reads), builder.assignments, host)
 
@@ -311,6 +320,8 @@ class _LayoutBuilder:
         self.slices: set[int] = set()
         """Parameters in slices that accelerators gather for each pass, and their conversions."""
         self.reads: dict[tuple[int, int, Sharding], list[Reader]] = defaultdict(list)
+        self.updating: set[tuple[int, int, Sharding]] = set()
+        """The reads of updates."""
         self.labelled: set[Reader] = set()
         """Readers with a target sharding of their own."""
         for use in graph.uses:
@@ -365,6 +376,7 @@ class _LayoutBuilder:
                 if self.shardings[tensor] != target:
                     key = (tensor, self.graph.home[parameter], target)
                     self.reads[key].append((index, position))
+                    self.updating.add(key)
                 self.labelled.add((index, position))
 
     def _updated_parameter(self, instruction: Instruction) -> int:
@@ -522,6 +534,36 @@ def _gathered_again(graph: OperatorGraph, read: Read) -> list[Read]:
         return [read]
     again = replace(read, readers=tuple(backward), after=graph.instructions[product].results[0])
     return [replace(read, readers=others), again]
+
+
+SUMMED_BYTES = 30 << 20
+"""Bytes of gradients whose slices a gather waits for, at least. XLA:GPU combines smaller sums."""
+import os
+
+SUMMED_GATHERS = int(os.environ.get("LAG", "4"))
+"""Times of gathers between a gradient and the gather that waits for its slice."""
+
+
+def _summed_early(graph: OperatorGraph, reads: list[Read], updating: Set[Read]) -> list[Read]:
+    """The reads of a step whose gathers for the backward pass wait for slices of gradients.
+
+    XLA:GPU would delay the sums of gradients to the end of the backward pass. `updating` are the
+    reads of updates.
+    """
+    producer = producers(graph)
+    times = sorted({producer[read.after]: read.after for read in reads if read.after >= 0}.items())
+    before: dict[Read, int] = {}
+    waiting: list[Read] = []
+    slices = [read for read in reads if read in updating and read.tensor in producer]
+    for read in sorted(slices, key=lambda read: producer[read.tensor]):
+        waiting.append(read)
+        if sum(graph.tensors[read.tensor].nbytes for read in waiting) < SUMMED_BYTES:
+            continue
+        number = bisect_left(times, (producer[read.tensor], 0)) + SUMMED_GATHERS
+        if number < len(times):
+            before.update(dict.fromkeys(waiting, times[number][1]))
+        waiting = []
+    return [replace(read, before=before.get(read, -1)) for read in reads]
 
 
 @per_graph

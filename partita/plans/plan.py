@@ -285,6 +285,15 @@ def is_accelerator(target: str) -> bool:
     return target.partition(":")[0] in ("cuda", "tpu")
 
 
+def is_gpu(target: str) -> bool:
+    """Whether a platform is a GPU.
+
+    >>> is_gpu("cuda:8.0"), is_gpu("tpu")
+    (True, False)
+    """
+    return target.partition(":")[0] == "cuda"
+
+
 def mesh_text(mesh: Mesh) -> str:
     """A mesh as text ("a=2 x b=4")."""
     return " x ".join(f"{axis.name}={axis.size}" for axis in mesh.axes) or "one device"

@@ -17,7 +17,9 @@ from partita.cost.moves import Placement
 from partita.cost.terms import cost_terms
 from partita.execute import program
 from partita.execute.verify import compare_steps
+from partita.graph.operator_graph import producers
 from partita.machine import load
+from partita.plans import layout as layouts
 from partita.plans.baselines import BASELINES
 from partita.plans.layout import layout_of
 from partita.plans.plan import Plan
@@ -29,8 +31,7 @@ LAYERS, WIDTH, BATCH = 6, 64, 16
 GPUS, NODES = load("h100:4"), load("h100:16")
 
 
-@pytest.fixture(scope="module")
-def captured():
+def layers_for_gpus(layers: int, width: int):
     """Dense layers in mixed precision, as captured for GPUs."""
 
     def loss(weights, x):
@@ -45,12 +46,17 @@ def captured():
     shape = jax.ShapeDtypeStruct
     found = capture_step(
         step,
-        (shape((WIDTH, WIDTH), "float32"),) * LAYERS,
-        shape((BATCH, WIDTH), "bfloat16"),
-        [Leaf(f"w{n}", "parameter") for n in range(LAYERS)],
+        (shape((width, width), "float32"),) * layers,
+        shape((BATCH, width), "bfloat16"),
+        [Leaf(f"w{n}", "parameter") for n in range(layers)],
         batch_size=BATCH,
     )
     return replace(found, graph=replace(found.graph, target="cuda"))
+
+
+@pytest.fixture(scope="module")
+def captured():
+    return layers_for_gpus(LAYERS, WIDTH)
 
 
 def plan_of(captured, name: str, machine=GPUS) -> Plan:
@@ -90,6 +96,33 @@ def test_what_is_gathered_twice_leaves_memory_between(captured):
     assert peak <= memory(graph, plan.mesh, kept, GPUS.backend).peak
 
 
+@pytest.fixture
+def summed_early(captured, monkeypatch):
+    """The same layers, whose gathers wait for slices of gradients as those of large layers do."""
+    monkeypatch.setattr(layouts, "SUMMED_BYTES", 0)
+    monkeypatch.setattr(layouts, "SUMMED_GATHERS", 0)
+    return replace(captured, graph=replace(captured.graph))
+
+
+def test_gathers_wait_for_slices_of_large_gradients(captured):
+    small = layout_of(captured.graph, plan_of(captured, "ZeRO-3"))
+    assert all(read.before < 0 for read in small.reads), "small sums are combined"
+    large = layers_for_gpus(16, 4096)
+    plan = plan_of(large, "ZeRO-3")
+    layout = layout_of(large.graph, plan)
+    slices = [read for read in layout.reads if read.before >= 0]
+    assert len(slices) >= 16 // 2
+    assert {read.before for read in slices} <= {read.after for read in layout.reads}
+    computed_at = producers(large.graph)
+    assert all(computed_at[read.tensor] < computed_at[read.before] for read in slices)
+    late = replace(layout, reads=tuple(replace(read, before=-1) for read in layout.reads))
+    early_peak, late_peak = (
+        memory(large.graph, plan.mesh, each, GPUS.backend).peak for each in (layout, late)
+    )
+    slice_bytes = large.graph.tensors[slices[0].tensor].nbytes
+    assert late_peak - early_peak > len(slices) // 2 * slice_bytes
+
+
 def gathers(captured, plan: Plan, machine=GPUS) -> np.ndarray:
     """[phase]: seconds of gathers of all operators."""
     graph = captured.graph
@@ -125,14 +158,20 @@ def test_the_axes_of_a_plan_are_priced(captured):
     )
 
 
-def test_the_step_is_that_of_one_device(captured, monkeypatch):
+@pytest.mark.parametrize("size", ["captured", "summed_early"])
+def test_the_step_is_that_of_one_device(size, request, monkeypatch):
+    captured = request.getfixturevalue(size)
     monkeypatch.setattr(program, "_check_platform", lambda graph, mesh: None)
-    step = program.planned_step(captured, plan_of(captured, "ZeRO-3"))
+    plan = plan_of(captured, "ZeRO-3")
+    step = program.planned_step(captured, plan)
     text = step.lower().as_text()
     barriers = re.findall(r"stablehlo\.optimization_barrier (?:\{.*\} )?(%\S+), ", text)
     assert len(barriers) == LAYERS - 4
     for slices in barriers:
         assert f"{slices} = sdy.sharding_constraint" in text, "else XLA slices the gathered copy"
+    waited_for = re.findall(r"stablehlo\.optimization_barrier .* : (.*)", text)
+    early = sum(read.before >= 0 for read in layout_of(captured.graph, plan).reads)
+    assert sum(len(types.split(",")) for types in waited_for) == 2 * len(barriers) + early
     generator = np.random.default_rng(0)
     state = tuple(
         generator.normal(size=(WIDTH, WIDTH)).astype("float32") / 8 for _ in range(LAYERS)
