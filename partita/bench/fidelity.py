@@ -1,10 +1,12 @@
 """Predicted against measured: steps of models under plans on the devices of this machine.
 
-`run` measures in this process, or in all processes of a group together: rates and links once, as
-`partita machine measure` does, then per model its operators and a step under every plan, with the
-plans taking turns. Each step is predicted in three ways (`WAYS`): from rates and links; from a fit
-to operators of the other models; from its own timed operators. `summary` gives the accuracy of one
-way. With PARTITA_CACHE naming an empty folder, no earlier measurement enters.
+Each model is measured by a process or a group of processes of its own, as users train it: memory
+that other models leave behind can change a step threefold. `measured_machine` measures rates and
+links once, as `partita machine measure` does. `measure` times a model's operators and a step under
+every plan, with the plans taking turns. `predictions` then predicts each step in three ways
+(`WAYS`): from rates and links; from a fit to operators of the other models; from its own timed
+operators. `summary` gives the accuracy of one way. PARTITA_CACHE names the folder that these
+processes share.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from partita.bench.fidelity_models import MODELS
+from partita.capture.jax_functions import Captured
 from partita.capture.program import capture_program
 from partita.cost.terms import cost_terms
 from partita.errors import PartitaError
@@ -330,83 +334,90 @@ def random_plan(
 # Measurement
 
 
+RATES_FILE = "rates.json"
+MEASUREMENTS_FILE = "{}.measured.json"
+"""File of a model."""
+
+
 @dataclass(frozen=True)
 class MeasuredModel:
-    """One model with its plans and their measured seconds; `machine` has its operators' times."""
+    """One model with its plans and their measured seconds."""
 
     model: str
-    graph: OperatorGraph
     plans: dict[str, Plan]
     chosen: str
-    machine: Machine
     seconds: dict[str, float]
 
+    def save(self, folder: Path) -> None:
+        """Writes the measurements for `load`."""
+        plans = {name: plan.to_json() for name, plan in self.plans.items()}
+        text = json.dumps({**vars(self), "plans": plans})
+        (folder / MEASUREMENTS_FILE.format(self.model)).write_text(text, encoding="utf-8")
 
-def run(
-    models: Sequence[str], effort: Effort = Effort(), report: Report = _report_nothing
-) -> list[Step]:
-    """The steps of these models on the devices of this machine.
+    @classmethod
+    def load(cls, model: str, folder: Path) -> MeasuredModel:
+        """The measurements of a model that `save` wrote."""
+        text = (folder / MEASUREMENTS_FILE.format(model)).read_text(encoding="utf-8")
+        values = json.loads(text)
+        plans = {name: Plan.from_json(value) for name, value in values.pop("plans").items()}
+        return cls(plans=plans, **values)
 
-    Takes a minute for rates and links, and about one per model. All processes of a group call it
-    together; process 0 gets the result.
+
+def measured_machine(folder: Path, report: Report = _report_nothing) -> Machine:
+    """The devices of this machine with rates and links, measured once for a folder in a minute.
+
+    All processes of a group call it together.
     """
     from partita.execute.calibrate import calibrate
     from partita.execute.devices import at_hand
-    from partita.execute.processes import from_first
+    from partita.execute.processes import from_first, is_first
 
-    rates = calibrate(at_hand(), lambda subject: report(f"measuring {subject}"))
-    values = json.loads(from_first("rates", lambda: json.dumps(rates.values)))
-    machine = at_hand().revised(values, "measured for this run")
-    return measured(models, machine, effort, report)
+    path = folder / RATES_FILE
+    text = from_first("rates", lambda: path.read_text("utf-8") if path.exists() else "")
+    if not text:
+        rates = calibrate(at_hand(), lambda subject: report(f"measuring {subject}"))
+        text = from_first("rates", lambda: json.dumps(rates.values))
+        if is_first():
+            path.write_text(text, encoding="utf-8")
+    return at_hand().revised(json.loads(text), "measured for this run")
 
 
-def measured(
-    models: Sequence[str],
+def measure(
+    name: str,
     machine: Machine,
     effort: Effort = Effort(),
     report: Report = _report_nothing,
-) -> list[Step]:
-    """`run` for a machine with measured rates and links."""
-    from partita.execute.processes import is_first
-
-    measurements = []
-    for number, name in enumerate(models, 1):
-        title = f"model {number} of {len(models)}, {name}"
-        measurements.append(_measure_model(name, machine, effort, title, report))
-    return predictions(measurements, machine) if is_first() else []
-
-
-def _measure_model(
-    name: str, machine: Machine, effort: Effort, title: str, report: Report
 ) -> MeasuredModel:
+    """The measured steps of a model, in about a minute. `machine` has measured rates and links.
+
+    All processes of a group call it together.
+    """
     from partita.execute.measure import step_seconds
     from partita.execute.operators import measured_operators
     from partita.execute.processes import from_first
 
-    report(f"{title}: timing operators, searching a plan")
-    model, batch = MODELS[name]()
-    captured = capture_program(model, batch)
+    report(f"{name}: timing operators, searching a plan")
+    captured = _captured(name)
     result = search_measured(captured, machine)
     text = from_first(
         "plans to measure", lambda: _plans_to_measure(captured, result, machine, effort.plans)
     )
     chosen, plan_texts = json.loads(text)
     plans = {plan_name: Plan.from_json(value) for plan_name, value in plan_texts.items()}
-    timed = measured_operators(
-        captured,
-        machine,
-        list(plans.values()),
-    )
-    report(f"{title}: compiling and timing {len(plans)} plan{'s' if len(plans) > 1 else ''}")
+    measured_operators(captured, machine, list(plans.values()))
+    report(f"{name}: compiling and timing {len(plans)} plan{'s' if len(plans) > 1 else ''}")
     seconds = step_seconds(captured, plans, effort.rounds)
-    return MeasuredModel(
-        name,
-        captured.graph,
-        plans,
-        chosen,
-        timed,
-        dict(seconds),
-    )
+    return MeasuredModel(name, plans, chosen, dict(seconds))
+
+
+def _captured(name: str) -> Captured:
+    """The step of a model, named after it, with the same names of layers in every process."""
+    import keras
+
+    keras.utils.clear_session()
+    model, batch = MODELS[name]()
+    captured = capture_program(model, batch)
+    return replace(captured, graph=replace(captured.graph, name=name))
 
 
 def _plans_to_measure(
@@ -443,15 +454,21 @@ def _plans_to_measure(
 
 
 def predictions(measurements: Sequence[MeasuredModel], machine: Machine) -> list[Step]:
-    """The measured steps with their predictions. `machine` has no times of operators."""
+    """The measured steps with their predictions. `machine` has no times of operators: those that
+    `measure` wrote are read.
+
+    All processes of a group call it together.
+    """
     from partita.execute.calibrate import key_of
-    from partita.execute.operators import file_of_operators, load
+    from partita.execute.operators import file_of_operators, load, measured_operators
 
     place = _place(machine)
     records = load(file_of_operators(machine), key_of(machine.devices)).values()
     steps = []
     for measurement in measurements:
-        graph = measurement.graph
+        captured = _captured(measurement.model)
+        graph = captured.graph
+        timed = measured_operators(captured, machine, list(measurement.plans.values()))
         terms = cost_terms(graph, machine.backend)
         digests = {operator.digest for operator in terms.operators}
         others = []
@@ -460,7 +477,8 @@ def predictions(measurements: Sequence[MeasuredModel], machine: Machine) -> list
                 others.append(record)
         fitted = replace(machine, times=fitted_times(others)) if others else None
         for name in measurement.plans:
-            steps.append(_predicted_step(measurement, name, place, machine, fitted))
+            step = _predicted_step(measurement, name, graph, (machine, fitted, timed), place)
+            steps.append(step)
     return steps
 
 
@@ -476,13 +494,15 @@ def _place(machine: Machine) -> str:
 def _predicted_step(
     measurement: MeasuredModel,
     name: str,
+    graph: OperatorGraph,
+    machines: tuple[Machine, Machine | None, Machine],
     place: str,
-    machine: Machine,
-    fitted: Machine | None,
 ) -> Step:
-    graph = measurement.graph
+    """A measured step of a graph. `machines`: with rates alone, with a fit to other models' times,
+    and with the times of the model's own operators."""
+    rates, fitted, timed = machines
     plan = measurement.plans[name]
-    by_operators = predict_plan(graph, measurement.machine, plan)
+    by_operators = predict_plan(graph, timed, plan)
     compute = sum(operator.compute for operator in by_operators.operators) or 1.0
     shares = {}
     for source in ("measured", "fitted"):
@@ -499,7 +519,7 @@ def _predicted_step(
         plan=name,
         chosen=name == measurement.chosen,
         seconds=measurement.seconds[name],
-        rates=predict_plan(graph, machine, plan).seconds,
+        rates=predict_plan(graph, rates, plan).seconds,
         fitted=fitted_seconds,
         measured=by_operators.seconds,
         fit_error=fit_error,

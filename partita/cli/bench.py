@@ -20,6 +20,8 @@ from partita.keras_backend import select_jax
 
 app = typer.Typer(no_args_is_help=True, help="Benchmark Partita.")
 
+STEPS_FILE = "steps.json"
+
 
 @app.command("papers")
 def papers(
@@ -119,9 +121,10 @@ def fidelity(
         names = chosen_models(models)
         steps = []
         for process_count, device_count in settings(devices, processes):
-            arguments = ["--models", ",".join(names), "--rounds", str(rounds)]
-            arguments += ["--plans", str(plans)]
-            measured = _measure_setting(process_count, device_count, arguments, quiet=as_json)
+            effort = ["--rounds", str(rounds), "--plans", str(plans)]
+            if as_json:
+                effort.append("--quiet")
+            measured = _measure_setting(process_count, device_count, names, effort)
             if not as_json:
                 out.print(fidelity_table(measured))
             steps += measured
@@ -134,40 +137,61 @@ def fidelity(
 
 
 def _measure_setting(
-    processes: int, devices: int | None, arguments: Sequence[str], quiet: bool
+    processes: int, devices: int, models: Sequence[str], effort: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The steps that processes of their own have measured; ends with the exit code of one that
-    failed."""
+    """The steps of all models, each measured by processes of its own; ends with the exit code of
+    processes that failed."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "steps.json"
-        command = ["bench", "fidelity-here", *arguments, "--into", str(path)]
-        if quiet:
-            command.append("--quiet")
-        code = launch(processes, command, devices, say)
-        if code:
-            raise typer.Exit(code)
-        return json.loads(path.read_text(encoding="utf-8"))
+        commands = [["fidelity-measure", folder, "--model", model, *effort] for model in models]
+        commands.append(["fidelity-predict", folder, *models])
+        for command in commands:
+            code = launch(processes, ["bench", *command], devices, say)
+            if code:
+                raise typer.Exit(code)
+        return json.loads((Path(folder) / STEPS_FILE).read_text(encoding="utf-8"))
 
 
-@app.command("fidelity-here", hidden=True)
-def fidelity_here(
-    models: Annotated[str, typer.Option()],
+def _start(folder: Path) -> bool:
+    """Starts the devices of a process of 'partita bench fidelity'; whether it is the first.
+
+    The folder is its cache: earlier measurements must not enter, nor these ones stay.
+    """
+    keep_stdout()
+    os.environ["PARTITA_CACHE"] = str(folder)
+    is_first = join_processes()
+    start_devices(int(os.environ["PARTITA_LOCAL_DEVICES"]))
+    return is_first
+
+
+@app.command("fidelity-measure", hidden=True)
+def fidelity_measure(
+    folder: Path,
+    model: Annotated[str, typer.Option()],
     rounds: Annotated[int, typer.Option()],
     plans: Annotated[int, typer.Option()],
-    into: Annotated[Path, typer.Option()],
     quiet: Annotated[bool, typer.Option("--quiet")] = False,
 ) -> None:
-    """Measure in this process or group of processes for 'partita bench fidelity', and write the
-    steps to a file."""
+    """Measure a model in this process or group of processes for 'partita bench fidelity'."""
     with errors():
-        keep_stdout()
-        # An empty cache of its own: earlier measurements must not enter, nor these ones stay.
-        os.environ["PARTITA_CACHE"] = str(into.parent)
-        prints = join_processes()
-        start_devices(int(os.environ["PARTITA_LOCAL_DEVICES"]))
-        from partita.bench.fidelity import Effort, run
+        prints = _start(folder)
+        from partita.bench.fidelity import Effort, measure, measured_machine
 
         report = say if prints and not quiet else say_nothing
-        steps = run(models.split(","), Effort(rounds, plans), report)
+        machine = measured_machine(folder, report)
+        measurement = measure(model, machine, Effort(rounds, plans), report)
         if prints:
-            save_text(json.dumps([vars(step) for step in steps]), into, "steps file")
+            measurement.save(folder)
+
+
+@app.command("fidelity-predict", hidden=True)
+def fidelity_predict(folder: Path, models: list[str]) -> None:
+    """Predict the steps that 'fidelity-measure' has measured, and write both to a file."""
+    with errors():
+        prints = _start(folder)
+        from partita.bench.fidelity import MeasuredModel, measured_machine, predictions
+
+        measurements = [MeasuredModel.load(model, folder) for model in models]
+        steps = predictions(measurements, measured_machine(folder))
+        if prints:
+            text = json.dumps([vars(step) for step in steps])
+            save_text(text, folder / STEPS_FILE, "steps file")

@@ -198,26 +198,27 @@ def test_the_command_shows_every_step_with_three_predictions_and_how_good_they_a
     monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
     monkeypatch.setattr(fidelity, "MODELS", {"small": tiny(8), "large": tiny(32)})
 
-    written: dict[int, str] = {}
+    measured: dict[tuple[int, str], fidelity.MeasuredModel] = {}
+    launched = []
 
     def here(processes: int, arguments: list[str], devices: int, say) -> int:
-        """What the launched process does, but for measuring rates, in this one."""
-        said = dict(zip(arguments[2::2], arguments[3::2], strict=False))
-        assert (
-            arguments[:2] == ["bench", "fidelity-here"]
-            and processes == 1
-            and said["--rounds"] == "1"
-        )
-        if devices not in written:
-            written[devices] = json.dumps(
-                [
-                    vars(s)
-                    for s in fidelity.measured(
-                        said["--models"].split(","), host(devices, 8 << 30), Effort(rounds=1)
-                    )
-                ]
-            )
-        Path(said["--into"]).write_text(written[devices])
+        """What the launched processes do, but for measuring rates, in this one."""
+        bench, command, folder, *rest = arguments
+        assert (bench, processes) == ("bench", 1)
+        launched.append((devices, command, *rest))
+        machine = host(devices, 8 << 30)
+        if command == "fidelity-measure":
+            said = dict(zip(rest[::2], rest[1::2], strict=False))
+            key = devices, said["--model"]
+            if key not in measured:
+                effort = Effort(int(said["--rounds"]), int(said["--plans"]))
+                measured[key] = fidelity.measure(said["--model"], machine, effort)
+            measured[key].save(Path(folder))
+            return 0
+        loaded = [fidelity.MeasuredModel.load(name, Path(folder)) for name in rest]
+        assert loaded == [measured[devices, name] for name in rest]
+        steps = [vars(step) for step in fidelity.predictions(loaded, machine)]
+        (Path(folder) / "steps.json").write_text(json.dumps(steps))
         return 0
 
     monkeypatch.setattr("partita.cli.bench.launch", here)
@@ -226,6 +227,13 @@ def test_the_command_shows_every_step_with_three_predictions_and_how_good_they_a
         ["bench", "fidelity", "--devices", "1,2", "--processes", "", "--rounds", "1"],
     )
     given = runner.invoke(app, [*arguments, "--json"])
+    assert given.exit_code == 0, given.output
+    effort = ("--rounds", "1", "--plans", "1000", "--quiet")
+    assert launched[:3] == [
+        (1, "fidelity-measure", "--model", "small", *effort),
+        (1, "fidelity-measure", "--model", "large", *effort),
+        (1, "fidelity-predict", "small", "large"),
+    ], "every model has processes of its own"
     found = json.loads(given.stdout)
     steps = [Step(**s) for s in found["steps"]]
     assert {s.place for s in steps} == {"1 device", "2 devices"} and {s.model for s in steps} == {
