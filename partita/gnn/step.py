@@ -24,7 +24,7 @@ from partita.execute import process_arrays
 from partita.gnn.kernels.bridge import step_options
 from partita.gnn.nn.block import AXIS, recorded_calls
 from partita.gnn.prepare import GraphData, PreparedGraph, mesh_of
-from partita.gnn.trials import check_loss, check_metrics
+from partita.gnn.trials import check_loss, check_metrics, metrics_error
 
 PROGRAMS = 64
 """Programs of a step, for data of different shapes, after which all of them are dropped."""
@@ -152,10 +152,13 @@ def build_metrics(model: Any, data: GraphData, predicted: Any, splits: bool) -> 
         return
     labels = labels_like(predicted, data)
     if not metrics.built:
-        metrics.build(labels, predicted)
-        # Some metrics, as F1 scores, make theirs when they are updated.
-        with keras.StatelessScope():
-            metrics.update_state(labels, predicted)
+        try:
+            metrics.build(labels, predicted)
+            # Some metrics, as F1 scores, make theirs when they are updated.
+            with keras.StatelessScope():
+                metrics.update_state(labels, predicted)
+        except (TypeError, ValueError) as error:
+            raise metrics_error(metrics, labels, predicted, error) from error
     check_metrics(metrics, partial(_counts_of, model), labels, predicted, splits)
 
 

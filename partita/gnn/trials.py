@@ -67,12 +67,7 @@ def check_metrics(
             halves = _by_halves(lambda half: counts(given[half], outputs[half], ones[half]))
             masked = counts(given, outputs, np.repeat(np.array([1, 0], np.float32), ROWS // 2))
         except (TypeError, ValueError) as error:
-            names = ", ".join(metric.name for metric in metrics.metrics)
-            raise GraphError(
-                f"The metrics {names} cannot be computed for labels {list(labels.shape)}, outputs "
-                f"{list(predicted.shape)} and a weight per row: {short_reason(str(error))}. Use "
-                "metrics with one value per row."
-            ) from error
+            raise metrics_error(metrics, labels, predicted, error) from error
     sums = [np.asarray(one) + np.asarray(other) for one, other in zip(*halves, strict=True)]
     for variable, total, first, of_mask, added in zip(
         metrics.variables, whole, halves[0], masked, sums, strict=True
@@ -87,6 +82,17 @@ def check_metrics(
                 f"The metric of {variable.path!r} has counts that do not add up over vertices, as "
                 "several devices and memory plans need: use a metric that sums, or devices=1."
             )
+
+
+def metrics_error(metrics: Any, labels: Any, predicted: Any, error: Exception) -> GraphError:
+    """The error for metrics that cannot be computed for these labels and outputs."""
+    # The list is empty before the metrics are made.
+    names = "".join(f" {metric.name}," for metric in metrics.metrics).rstrip(",")
+    return GraphError(
+        f"The metrics{names} cannot be computed for labels {list(labels.shape)}, outputs "
+        f"{list(predicted.shape)} and a weight per row: {short_reason(str(error))}. Use metrics "
+        "for such labels (one-hot ones are [rows, classes]), with one value per row."
+    )
 
 
 def _function_of(metric: Any) -> Any:

@@ -356,3 +356,21 @@ def test_stacked_weights_of_another_size_are_refused() -> None:
         with pytest.raises(GraphError, match=r"weight has the shape \[.*needs \[2, 6, 6\]"):
             gnn.load_pyg_state(layer, {**state, "weight": wrong, "rnn.weight_ih": before.T + 1})
     np.testing.assert_array_equal(array(layer.gates), before)
+
+
+def test_wrong_options_of_layers_are_named() -> None:
+    with pytest.raises(GraphError, match=r"layer_options=\{'nix': 1\} make no layer: .* GCNConv"):
+        gnn.GCN(8, 4, layer_options={"nix": 1})
+    with pytest.raises(GraphError, match="layer_options=3 is no dictionary: give options by name"):
+        gnn.GCN(8, 4, layer_options=3)  # pyright: ignore
+    with pytest.raises(GraphError, match="has 'units': give the widths as hidden= and classes="):
+        gnn.GCN(8, 4, layer_options={"units": 1})
+
+
+def test_a_metric_of_other_labels_is_named() -> None:
+    graph = random_graph()
+    for metric in (keras.metrics.F1Score(name="f1"), "nix"):
+        model = gnn.GCN(4, 4)
+        model.compile("sgd", metrics=[metric])
+        with pytest.raises(GraphError, match=r"The metrics.* cannot be computed for labels \["):
+            model.fit(graph, epochs=1, verbose=0)

@@ -6,12 +6,13 @@ trains on the whole graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, Unpack
 
 import keras
 
 from partita.errors import GraphError
+from partita.files.reading import short_reason
 from partita.gnn.data.arrays import as_count
 from partita.gnn.data.graph import Graph
 from partita.gnn.nn import layers
@@ -95,7 +96,7 @@ class GraphModel(FullGraphTraining, keras.Model):
         jk = keras_options.pop("jk", None)
         readout = keras_options.pop("readout", None)
         links = keras_options.pop("links", False)
-        layer_options = dict(keras_options.pop("layer_options", None) or {})
+        layer_options = _known_options(keras_options.pop("layer_options", None))
         super().__init__(**keras_options)
         self.hidden = _known_widths(hidden)
         self.classes = as_count("classes", classes, 1)
@@ -156,7 +157,7 @@ class GraphModel(FullGraphTraining, keras.Model):
                 "kernel_regularizer": regularizer,
                 "name": f"conv_{i}",
             }
-            self.convs.append(self.conv(last, **options | self.layer_options))
+            self.convs.append(self._conv_of(last, options))
             if self.norm is not None and not last:
                 self.norms.append(NORMS[self.norm](name=f"norm_{i}"))
         if self.leaves:
@@ -164,6 +165,18 @@ class GraphModel(FullGraphTraining, keras.Model):
             self.leave = keras.layers.Dense(
                 self.classes, activation=self.last_activation, name="leave"
             )
+
+    def _conv_of(self, last: bool, options: dict[str, Any]) -> layers.AbstractConv:
+        """A new layer of these options and `layer_options`; GraphError for wrong ones."""
+        try:
+            return self.conv(last, **options | self.layer_options)
+        except (TypeError, ValueError) as error:
+            if not self.layer_options:
+                raise
+            raise GraphError(
+                f"layer_options={self.layer_options!r} make no layer: {short_reason(str(error))}. "
+                "Give options of the layers over the graph, by name."
+            ) from error
 
     def conv(self, last: bool, **options: Any) -> layers.AbstractConv:
         """A new layer of these options, `units` among them, the last one or another."""
@@ -273,6 +286,19 @@ def _known_widths(hidden: Any) -> int | list[int]:
     if isinstance(hidden, (list, tuple)):
         return [as_count("hidden", width, 1) for width in hidden]
     return as_count("hidden", hidden, 1, "give a whole number of at least 1, or a list of them")
+
+
+def _known_options(given: Any) -> dict[str, Any]:
+    """Options of layers by name; GraphError for anything else, and for widths."""
+    if given is not None and not isinstance(given, Mapping):
+        raise GraphError(
+            f"layer_options={given!r} is no dictionary: give options by name, as "
+            "{'use_bias': False}."
+        )
+    options = dict(given or {})
+    if "units" in options:
+        raise GraphError("layer_options has 'units': give the widths as hidden= and classes=.")
+    return options
 
 
 def _known(option: str, value: Any, known: Sequence[str]) -> Any:
