@@ -25,7 +25,11 @@ class SimulatedRun:
 
     steps: Annotated[
         int | None,
-        typer.Option(help="Training steps of the run.", min=1, show_default="30 s of steps"),
+        typer.Option(
+            help="Training steps of the run, rounded to whole passes of about 1 s.",
+            min=1,
+            show_default="30 s of steps",
+        ),
     ] = None
     seed: Annotated[int, typer.Option(help="Of the kernels' efficiencies.", min=0)] = 1
     learned: Annotated[
@@ -112,7 +116,7 @@ def simulate(
             return
         for comparison in comparisons:
             out.print(policy_table(comparison))
-        for line in policy_summary(comparisons):
+        for line in policy_summary(comparisons, run.steps):
             out.print(line, soft_wrap=True)
 
 

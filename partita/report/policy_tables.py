@@ -59,8 +59,11 @@ def policy_row(comparison: PolicyComparison, run: PowerRun) -> list[str]:
     ]
 
 
-def policy_summary(comparisons: Sequence[PolicyComparison]) -> list[str]:
-    """The meaning of the columns, and the figures that the results rest on."""
+def policy_summary(comparisons: Sequence[PolicyComparison], steps: int | None = None) -> list[str]:
+    """The meaning of the columns, and the figures that the results rest on.
+
+    `steps`: the training steps that were asked for.
+    """
     first = comparisons[0]
     assumptions = Assumptions()
     lines = [
@@ -71,6 +74,11 @@ def policy_summary(comparisons: Sequence[PolicyComparison]) -> list[str]:
         f"Assumed: {assumptions.serial:.0%} of a kernel runs on one device, and a step waits "
         f"{format_seconds(assumptions.batch_seconds)} a second for its batch.",
     ]
+    if steps not in (None, first.steps):
+        lines.append(
+            f"{steps:,} steps are rounded to {first.steps:,}: a run is simulated in whole passes "
+            "of about 1 s."
+        )
     for noun, status in (("Times", first.status), ("Joules", first.power_status)):
         if status in UNCERTAIN:
             lines.append(

@@ -68,6 +68,12 @@ def test_recalled_figures_are_pointed_out() -> None:
     assert lines[-1] == "Times rest on recalled figures: run 'partita machine show phone'."
 
 
+def test_rounded_steps_are_said() -> None:
+    assert policy_summary([COMPARISON], COMPARISON.steps) == policy_summary([COMPARISON])
+    said = "\n".join(policy_summary([COMPARISON], COMPARISON.steps + 1))
+    assert f"{COMPARISON.steps + 1:,} steps are rounded to {COMPARISON.steps:,}: a run is" in said
+
+
 def test_json_has_the_figures_of_the_table() -> None:
     value = json.loads(json.dumps(COMPARISON.to_json()))
     assert value["policies"][0]["regret"] == 0.5
