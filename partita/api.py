@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 from partita.capture.program import capture_program, checked_call, is_keras_model
 from partita.comparison import Comparison, compare_plans
 from partita.errors import PartitaError
+from partita.files.writing import path_of
 from partita.machine import Machine
 from partita.planning import (
     PlanListener,
@@ -270,8 +271,7 @@ def manage(
     from partita.management.managers import ManageOptions, new_manager
 
     check_functions(say=say)
-    if log is not None and not isinstance(log, str | os.PathLike):
-        raise PartitaError(f"log is of type '{type(log).__name__}': give the path of a file.")
+    file = None if log is None else Path(os.path.expanduser(path_of(log, "log")))
     program: Any = model
     session = current()
     if is_keras_model(program):
@@ -293,7 +293,6 @@ def manage(
             f"'{training.name}' does not survive a lost process: start the script with 'partita "
             "run --processes N --manage'."
         )
-    file = None if log is None else Path(os.path.expanduser(log))
     options = ManageOptions(survive=survive, shares=shares, ready=ready, log=file)
     if session is not None and say is None:
         training.runner.manager = session.manage(options)

@@ -208,6 +208,10 @@ def test_a_callback_that_is_no_function_and_a_log_that_is_no_path_are_named() ->
         partita.simulate(made(), 32, machine="h100:2", report=1)  # pyright: ignore
     with pytest.raises(PartitaError, match="log is of type 'int': give the path of a file"):
         partita.manage(made(), log=3)  # pyright: ignore
+    with pytest.raises(PartitaError, match="path is of type 'int': give the path of a file"):
+        partita.plan(made(), 32, machine="h100:2").save(5)  # pyright: ignore
+    with pytest.raises(FileNotFoundError, match="'absent/plan.json'"):
+        partita.plan(made(), 32, machine="h100:2").save("absent/plan.json")
 
 
 def test_no_public_name_is_a_package_or_missing() -> None:

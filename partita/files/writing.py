@@ -16,7 +16,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from partita.errors import PartitaError
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 """Error numbers of a disk without space."""
@@ -66,7 +68,10 @@ def open_drafts(final: Path) -> Iterator[Drafts]:
     """
     target = _target(final)
     _check_target(target)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from None
     try:
         drafts = Drafts(folder)
         yield drafts
@@ -75,9 +80,16 @@ def open_drafts(final: Path) -> Iterator[Drafts]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def path_of(value: Any, name: str = "path") -> Path:
+    """A value as a path; PartitaError if it is none. `name`: of the argument, for the message."""
+    if not isinstance(value, str | os.PathLike):
+        raise PartitaError(f"{name} is of type '{type(value).__name__}': give the path of a file.")
+    return Path(value)
+
+
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes a file as a whole: it has the new content, or the old one after an OSError."""
-    final = Path(path)
+    final = path_of(path)
     if is_special(final):
         with final.open("wb") as file:
             file.write(content)
