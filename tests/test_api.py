@@ -3,11 +3,13 @@ plain Keras layout.
 """
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 import pytest
 from keras import layers
 
@@ -82,6 +84,37 @@ def test_what_is_missing_is_said() -> None:
 def test_a_batch_size_is_a_whole_number(size):
     with pytest.raises(CaptureError, match=r"batch_size is .*from 1 on\. Give .* batch=\(x, y\)"):
         partita.plan(made(), size)
+
+
+@pytest.mark.parametrize(
+    ("batch", "problem"),
+    [
+        ([], "batch has no arrays: give batch=.x, y. of arrays, or of jax.ShapeDtypeStruct"),
+        (((8, 64), (8,)), "batch has the number 8 for an array: give"),
+        ((np.array(["a"]), np.ones(1)), "a value of type 'ndarray' that is no array of numbers"),
+        ((object(), np.ones(1)), "a value of type 'object' that is no array of numbers: give"),
+        ((np.ones((0, 64)), np.ones(0)), "batch has no samples: give"),
+        (
+            np.ones((8, 64)),
+            "The model 'unbuilt' cannot be built for the batch: ValueError: .* as in",
+        ),
+    ],
+)
+def test_a_batch_is_arrays_of_samples(batch: Any, problem: str) -> None:
+    model = keras.Sequential([layers.Dense(8)], name="unbuilt")
+    model.compile("sgd", "mse")
+    with pytest.raises(CaptureError, match=problem):
+        partita.plan(model, batch=batch, machine="h100:2")
+
+
+def test_arguments_that_contradict_the_program_are_named() -> None:
+    batch = (np.ones((8, 64)), np.ones(8))
+    with pytest.raises(CaptureError, match="batch_size is 16, and the batch has 8 samples. Give"):
+        capture_program(made(), 16, batch)
+    with pytest.raises(CaptureError, match="args are for a step. Give a Keras model its batch"):
+        capture_program(made(), args=(1,))
+    with pytest.raises(CaptureError, match="are for Keras models. Give a step args, the argum"):
+        capture_program(lambda x: x, 16, args=(1,))
 
 
 def test_what_a_compiler_refused_is_planned_smaller_and_a_given_plan_is_answered_with_the_nearest() -> (

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 from keras.src.backend.common.stateless_scope import StatelessScope
 
-from partita.capture.jax_functions import Captured, Leaf, capture_step
+from partita.capture.jax_functions import Captured, Leaf, capture_step, reason
 from partita.capture.targets import CaptureTarget
 from partita.errors import CaptureError
 
@@ -62,6 +63,37 @@ def build(model: keras.Model, batch: Any) -> None:
             model._symbolic_build(data_batch=shapes)
     else:
         model._symbolic_build(data_batch=shapes)
+
+
+def build_for(model: keras.Model, batch: Any) -> None:
+    """`build` for a batch that was given by hand; CaptureError for one that the model cannot
+    take."""
+    leaves = jax.tree.leaves(batch)
+    problem = "no arrays" if not leaves else next(filter(None, map(_problem, leaves)), "")
+    if problem:
+        raise CaptureError(
+            f"batch has {problem}: give batch=(x, y) of arrays, or of jax.ShapeDtypeStruct."
+        )
+    try:
+        build(model, batch)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"The model '{model.name}' cannot be built for the batch: {reason(error)}. "
+            "Give batch=(x, y) of arrays as in training."
+        ) from error
+
+
+def _problem(leaf: Any) -> str:
+    """The reason for which a leaf of a batch is no array of samples; "" if it is one."""
+    dtype = getattr(leaf, "dtype", None) or np.asarray(leaf).dtype
+    shape = tuple(leaf.shape) if hasattr(leaf, "shape") else np.shape(leaf)
+    if any(jnp.issubdtype(dtype, kind) for kind in (np.object_, np.character)):
+        return f"a value of type '{type(leaf).__name__}' that is no array of numbers"
+    if not shape:
+        return f"the number {leaf} for an array"
+    return "" if shape[0] else "no samples"
 
 
 @dataclass(frozen=True)

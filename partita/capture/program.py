@@ -37,14 +37,28 @@ def capture_program(
             or "cuda:8.0" for GPUs of that compute capability; by default that of the local devices.
 
     Raises:
-        CaptureError: The program is neither, or its step cannot be captured.
+        CaptureError: The program is neither, cannot be captured, or contradicts the arguments.
     """
     if is_keras_model(program):
-        from partita.capture.keras_models import batch_like, capture_model
+        from partita.capture.keras_models import batch_like, build_for, capture_model
 
+        if args is not None:
+            raise CaptureError("args are for a step. Give a Keras model its batch_size or batch.")
         if batch is None:
             batch = batch_like(program, _checked_size(batch_size))
-        return capture_model(program, batch, _target(target))
+        else:
+            build_for(program, batch)
+        captured = capture_model(program, batch, _target(target))
+        size = captured.graph.batch_size
+        if batch_size not in (None, size):
+            raise CaptureError(
+                f"batch_size is {batch_size!r}, and the batch has {size} samples. Give one of them."
+            )
+        return captured
+    if batch is not None or batch_size is not None:
+        raise CaptureError(
+            "batch and batch_size are for Keras models. Give a step args, the arguments of a call."
+        )
     from partita.capture.functions import call_of, capture_call
 
     step, step_args = checked_call(program, args)
