@@ -30,7 +30,7 @@ from partita.plans.adapt import (
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
 from partita.plans.pipeline import is_one_program, is_pipeline, stage_count
-from partita.plans.plan import Plan, choice_text, offload_text, placed_slice
+from partita.plans.plan import Plan, choice_text, numbered_path, offload_text, placed_slice
 from partita.search.alternatives import alternatives
 from partita.search.base import Report
 from partita.search.find import PlanResult, find, mesh_of
@@ -427,6 +427,23 @@ def given_plan(plan: Plan | str | Path) -> Plan | str | None:
     return Plan.load(name)
 
 
+def other_plans(plan: Plan | str | Path) -> dict[str, tuple[Path, Plan]]:
+    """The plans of a script's other programs, by name: those of the files `plan-2.json`, ... beside
+    a plan file, as `--save-plan plan.json` writes them. No others for a plan that is no file.
+    """
+    first = given_plan(plan)
+    if isinstance(plan, Plan) or not isinstance(first, Plan):
+        return {}
+    others: dict[str, tuple[Path, Plan]] = {}
+    number = 2
+    while (path := numbered_path(Path(plan), number)).exists():
+        other = Plan.load(path)
+        if other.graph != first.graph:
+            others.setdefault(other.graph, (path, other))
+        number += 1
+    return others
+
+
 def _applied(given: Plan | str, graph: OperatorGraph, machine: Machine) -> Plan:
     """A given plan or baseline for a graph on a machine, checked."""
     if isinstance(given, str):
@@ -459,10 +476,12 @@ def make_planner(
 
     Its second argument is the MemoryBudgetError of a compiler that refused the plan before: it then
     gives the fastest plan that is smaller. A given plan is not replaced; the error names the
-    smaller one. Of several processes process 0 searches.
+    smaller one. Of several processes process 0 searches. A step whose name is that of a plan in
+    `other_plans` gets that plan.
     """
     _check_devices(devices)
-    given = given_plan(plan) if plan is not None else None
+    first = given_plan(plan) if plan is not None else None
+    others = other_plans(plan) if plan is not None else {}
     if options.measure_operators:
         check_measurable(machine)
     from partita.execute import members
@@ -478,6 +497,7 @@ def make_planner(
         return Plan.from_json(json.loads(from_first("plan", best)))
 
     def choose(captured: Captured, refused: MemoryBudgetError | None = None) -> Plan:
+        path, given = others.get(captured.graph.name, (None, first))
         needed = devices or (given.devices if isinstance(given, Plan) else None)
         if machine is None and members.generation():
             needed = None  # after a loss: all that are left
@@ -486,6 +506,8 @@ def make_planner(
             return _smaller_plan(captured.graph, target, given, refused, options.report)
         if given is not None:
             chosen = _with_prediction(_applied(given, captured.graph, target), captured, target)
+            if path is not None:
+                chosen = replace(chosen, notes=(*chosen.notes, f"read from {path.name}"))
         else:
             chosen = searched_plan(captured, target)
         if on_plan is not None:

@@ -18,7 +18,8 @@ from partita.capture.functions import call_of, capture_call
 from partita.capture.program import capture_program
 from partita.errors import CaptureError, MemoryBudgetError, PartitaError, PlanError
 from partita.machine import host
-from partita.planning import check_plan, make_planner, resolve_plan
+from partita.planning import check_plan, make_planner, other_plans, resolve_plan
+from partita.plans.plan import mesh_for
 
 
 def made(width: int = 512) -> keras.Model:
@@ -148,6 +149,25 @@ def test_a_baseline_is_run_by_its_name() -> None:
     assert searched == make_planner(machine=machine)(captured)
     with pytest.raises(PlanError, match="no plan file and no plan named 'ddp'. Give a file that"):
         make_planner("ddp", machine=machine)
+
+
+def test_the_programs_of_a_script_get_the_plans_of_numbered_files(tmp_path: Path) -> None:
+    captured = capture_program(made(), 256)
+    machine = host(4, 1 << 30)
+    parallel = resolve_plan("dp", captured.graph, machine)
+    other = dataclasses.replace(parallel, graph="other", mesh=mesh_for((2, 2)))
+    other.save(tmp_path / "plan.json")
+    split = resolve_plan("tp", captured.graph, machine)
+    split.save(tmp_path / "plan-2.json")
+    parallel.save(tmp_path / "plan-3.json")
+    split.save(tmp_path / "plan-5.json")
+    path = str(tmp_path / "plan.json")
+    assert other_plans(path) == {captured.graph.name: (tmp_path / "plan-2.json", split)}
+    assert other_plans(other) == other_plans("dp") == {}
+    chosen = make_planner(path, machine=machine)(captured)
+    assert chosen.choices == split.choices and chosen.notes[-1] == "read from plan-2.json"
+    (tmp_path / "plan-2.json").unlink()
+    assert make_planner(path, machine=machine)(captured).choices == parallel.choices
 
 
 def test_the_old_state_may_hold_an_array_twice_or_share_it_with_the_batch() -> None:

@@ -39,8 +39,14 @@ from partita.machine import Machine
 from partita.management.contract import Manager
 from partita.management.decisions import Decision
 from partita.management.managers import ManageOptions, ManagerFactory, new_manager
-from partita.planning import SearchOptions, given_plan, make_planner, simulate_plan
-from partita.plans.plan import Plan
+from partita.planning import (
+    SearchOptions,
+    given_plan,
+    make_planner,
+    other_plans,
+    simulate_plan,
+)
+from partita.plans.plan import Plan, numbered_path
 from partita.simulation.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -84,7 +90,7 @@ def run(
     plan: Annotated[
         str | None,
         typer.Option(
-            help="Run this plan: a file, or a baseline: dp, tp, owt, fsdp, ...",
+            help="Run this plan: a file (of several models: the first), or a baseline: dp, tp, ...",
             show_default="search for one",
         ),
     ] = None,
@@ -111,8 +117,9 @@ def run(
             note_slips(context)
         devices = group.devices
         given = given_plan(plan) if plan is not None else None
-        if devices is None and isinstance(given, Plan):
-            devices = given.devices
+        if devices is None and plan is not None and isinstance(given, Plan):
+            plans = [given, *(other for _, other in other_plans(plan).values())]
+            devices = max(each.devices for each in plans)
         check_manage(group)
         survives = group.manage in (ACT, READY) and group.processes > 1
         after_loss = ""
@@ -136,7 +143,7 @@ def run(
         with _snapshots_in(group.snapshots, report):
             code = run_script(
                 Script(script, context.args, is_module(context)),
-                make_planner(given, group.devices, options=options, on_plan=record.planned),
+                make_planner(plan, group.devices, options=options, on_plan=record.planned),
                 report=report,
                 verify=verify,
                 trained=record.trained,
@@ -218,7 +225,7 @@ class Record:
             self.steps.append((plan, simulate_plan(captured, machine, plan)))
         if self.files.save_plan is not None:
             number = len(self.plans) + 1
-            path = self.plans.setdefault(plan.graph, _numbered(self.files.save_plan, number))
+            path = self.plans.setdefault(plan.graph, numbered_path(self.files.save_plan, number))
             save_plan(plan, path)
         if self.prints:
             self._print(plan)
@@ -249,7 +256,7 @@ class Record:
         """Called with each program that was trained, in the end."""
         if self.files.report is None:
             return
-        path = _numbered(self.files.report, len(self.pages) + 1)
+        path = numbered_path(self.files.report, len(self.pages) + 1)
         timelines = [timeline for plan, timeline in self.steps if plan is job.plan]
         decisions = [decision.to_json() for decision in self.decisions]
         self.decisions.clear()
@@ -264,8 +271,3 @@ class Record:
             err.print(f"report written to {', '.join(map(str, self.pages))}")
         else:
             err.print("nothing was trained, so there is no report")
-
-
-def _numbered(path: Path, number: int) -> Path:
-    """The file for the first, second, ... program of a script: `plan.json`, `plan-2.json`, ..."""
-    return path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")

@@ -223,6 +223,15 @@ class Plan:
         return _plan_of(read_json(path, PLAN_FILE, plan_fields))
 
 
+def numbered_path(path: Path, number: int) -> Path:
+    """The file for the first, second, ... program of a script.
+
+    >>> numbered_path(Path("plan.json"), 1).name, numbered_path(Path("plan.json"), 2).name
+    ('plan.json', 'plan-2.json')
+    """
+    return path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
 def _plan_of(fields: Mapping[str, Any]) -> Plan:
     """The plan of checked fields."""
     axes = []
