@@ -19,7 +19,7 @@ from partita.capture.program import capture_program
 from partita.errors import CaptureError, MemoryBudgetError, PartitaError, PlanError
 from partita.machine import host
 from partita.planning import check_plan, make_planner, other_plans, resolve_plan
-from partita.plans.plan import mesh_for
+from partita.plans.plan import Plan, mesh_for
 
 
 def made(width: int = 512) -> keras.Model:
@@ -261,10 +261,11 @@ def test_a_callback_that_is_no_function_and_a_log_that_is_no_path_are_named() ->
         partita.simulate(made(), 32, machine="h100:2", report=1)  # pyright: ignore
     with pytest.raises(PartitaError, match="log is of type 'int': give the path of a file"):
         partita.manage(made(), log=3)  # pyright: ignore
+    plan = Plan("graph", "h100:2", mesh_for((2,)), {})
     with pytest.raises(PartitaError, match="path is of type 'int': give the path of a file"):
-        partita.plan(made(), 32, machine="h100:2").save(5)  # pyright: ignore
+        plan.save(5)  # pyright: ignore
     with pytest.raises(FileNotFoundError, match="'absent/plan.json'"):
-        partita.plan(made(), 32, machine="h100:2").save("absent/plan.json")
+        plan.save("absent/plan.json")
 
 
 def test_no_public_name_is_a_package_or_missing() -> None:
