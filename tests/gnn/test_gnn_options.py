@@ -359,7 +359,7 @@ def test_stacked_weights_of_another_size_are_refused() -> None:
 
 
 def test_wrong_options_of_layers_are_named() -> None:
-    with pytest.raises(GraphError, match=r"layer_options=\{'nix': 1\} make no layer: .* GCNConv"):
+    with pytest.raises(GraphError, match=r"No layer has these layer_options \(nix\): .* GCNConv"):
         gnn.GCN(8, 4, layer_options={"nix": 1})
     with pytest.raises(GraphError, match="layer_options=3 is no dictionary: give options by name"):
         gnn.GCN(8, 4, layer_options=3)  # pyright: ignore

@@ -173,8 +173,9 @@ class GraphModel(FullGraphTraining, keras.Model):
         except (TypeError, ValueError) as error:
             if not self.layer_options:
                 raise
+            names = ", ".join(map(str, self.layer_options))
             raise GraphError(
-                f"layer_options={self.layer_options!r} make no layer: {short_reason(str(error))}. "
+                f"No layer has these layer_options ({names}): {short_reason(str(error))}. "
                 "Give options of the layers over the graph, by name."
             ) from error
 
