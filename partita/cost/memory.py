@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from partita.cost.backends import compiler_of
-from partita.cost.backends.base import ProductShape
+from partita.cost.backends.base import Kernel, ProductShape, TableAccess
 from partita.cost.collectives import DEFAULT, collectives, emitted_sums
 from partita.cost.fusion import ALONE, Fusion, fused_under, kernel_reads
 from partita.cost.joined import computed_together
@@ -35,6 +35,8 @@ from partita.cost.reshard import Axes
 from partita.cost.sums import LaidOutProgram
 from partita.cost.work import filled_ratio, group_factors
 from partita.graph.clones import BARRIER
+from partita.graph.flat import Reader
+from partita.graph.images import images
 from partita.graph.operator_graph import (
     ITEMSIZE,
     IdentityKey,
@@ -66,6 +68,8 @@ TEMPORARY = -1
 """Kind of an allocation that is no activation and no gradient."""
 SUMS = {"all_reduce", "reduce_scatter"}
 """Kinds of collectives that add."""
+ADDRESSING = {"gather", "dynamic_slice", "dynamic_update_slice"}
+"""Instructions that access a part of their first operand."""
 WORK_SPACE = -2
 """Kind of the work space of a library's kernel, whose size is known exactly."""
 
@@ -221,6 +225,7 @@ def _allocations(
     allocator.add_gradient_sums()
     allocator.add_offloaded()
     allocator.add_work_spaces()
+    allocator.add_ordered_tables()
     if buffers.ordered_kernels:
         allocator.add_ordered_kernels()
     if buffers.filled_gradients:
@@ -396,15 +401,25 @@ class _Allocator:
         """Bytes of the compiled program itself, with the collectives that no gradients share."""
         graph = self.graph
         fused = fused_under(graph, self.layout, self.compiler.fusion_rules)
+        tables = self._tables()
         kernels = []
         for root, read in kernel_reads(graph, fused).items():
-            operands = [
-                self._elements(tensor, self.targets.get(readers[0]))
+            instruction = graph.instructions[root]
+            if root in tables and tables[root].is_written:
+                continue
+            read_values = [
+                (tensor, self.targets.get(readers[0]))
                 for tensor, readers in read.items()
+                if not all(self._is_addressed(reader) for reader in readers)
             ]
-            results = [self._elements(tensor) for tensor in graph.instructions[root].results]
-            elements = max((*operands, *results), default=0)
-            kernels.append((elements, _window_positions(graph.instructions[root])))
+            is_slice = instruction.name == "dynamic_update_slice"
+            written = [] if is_slice else [(tensor, None) for tensor in instruction.results]
+            values = [*read_values, *written]
+            if instruction.name == "convolution":
+                kernels.append(self._convolution_kernel(instruction, values))
+            else:
+                elements = max((self._elements(*value) for value in values), default=0)
+                kernels.append(Kernel(elements))
         moves = collectives(graph, self.mesh, self.layout, self.backend)
         kinds = Counter(move.kind for move in moves if move.kind not in SUMS)
         for total in self.sums:
@@ -416,15 +431,62 @@ class _Allocator:
             if argument.result is not None and graph.tensors[argument.tensor].shape
         ]
         joined = sum(1 for _ in computed_together(graph, self.layout, fused))
-        return self.compiler.program_bytes(kernels, kinds) + self.compiler.copies_bytes(
-            state_bytes, joined
-        )
+        program_bytes = self.compiler.program_bytes(kernels, kinds, list(tables.values()))
+        return program_bytes + self.compiler.copies_bytes(state_bytes, joined)
+
+    def _convolution_kernel(
+        self, instruction: Instruction, values: Sequence[tuple[int, Sharding | None]]
+    ) -> Kernel:
+        """The sizes of the kernel of a convolution, given its operands and results."""
+        positions = math.prod(min(w.reach, w.count) for _, w in instruction.windows)
+        dims = images(self.graph).dims if positions > 1 else {}
+        most = 0
+        is_divided = False
+        for tensor, sharding in values:
+            shape = pieces = self._local_shape(tensor, sharding)
+            if tensor in dims:
+                pieces = self.compiler.image_pieces(shape, dims[tensor])
+            is_divided |= pieces != shape
+            most = max(most, self.compiler.stored_bytes(pieces, 1, self.orders.get(tensor)))
+        return Kernel(most, positions, is_divided)
+
+    def _is_addressed(self, reader: Reader) -> bool:
+        """Whether an instruction reads or writes a small part of an operand, by its address."""
+        i, position = reader
+        return position == 0 and self.graph.instructions[i].name in ADDRESSING
+
+    def _tables(self) -> dict[int, TableAccess]:
+        """Gather or scatter of rows of a table -> its local sizes."""
+        tables = {}
+        for i, instruction in enumerate(self.graph.instructions):
+            rule = instruction.rule
+            if instruction.name not in ("gather", "scatter") or rule is None:
+                continue
+            is_written = instruction.name == "scatter"
+            if is_written:
+                table, dims = instruction.results[0], rule.results[0]
+                slices, slice_dims = instruction.operands[2], rule.operands[2]
+            else:
+                table, dims = instruction.operands[0], rule.operands[0]
+                slices, slice_dims = instruction.results[0], rule.results[0]
+            if len(dims) != 2 or dims[0] in slice_dims or dims[1:] != slice_dims[-1:]:
+                continue
+            sharding = None if is_written else self.targets.get((i, 0))
+            rows, columns = self._local_shape(table, sharding)
+            itemsize = ITEMSIZE.get(self.graph.tensors[table].dtype, 4)
+            count = math.prod(self._local_shape(slices)[:-1])
+            tables[i] = TableAccess((rows, columns), itemsize, count, is_written)
+        return tables
 
     def _elements(self, tensor: int, sharding: Sharding | None = None) -> int:
         """Elements of a device's shard of a tensor, under the tensor's own sharding by default."""
+        return math.prod(self._local_shape(tensor, sharding))
+
+    def _local_shape(self, tensor: int, sharding: Sharding | None = None) -> tuple[int, ...]:
+        """Sizes of a device's shard of a tensor, under the tensor's own sharding by default."""
         if sharding is None:
             sharding = self.layout.shardings[tensor]
-        return math.prod(local_shape(self.graph.tensors[tensor].shape, sharding, self.mesh.sizes))
+        return local_shape(self.graph.tensors[tensor].shape, sharding, self.mesh.sizes)
 
     def _bytes(
         self,
@@ -434,9 +496,7 @@ class _Allocator:
     ) -> int:
         """Bytes of a device's shard of a tensor, under the tensor's own sharding by default."""
         value = self.graph.tensors[tensor]
-        if sharding is None:
-            sharding = self.layout.shardings[tensor]
-        shape = local_shape(value.shape, sharding, self.mesh.sizes)
+        shape = self._local_shape(tensor, sharding)
         itemsize = itemsize or ITEMSIZE.get(value.dtype, 4)
         return self.compiler.stored_bytes(shape, itemsize, self.orders.get(tensor))
 
@@ -683,6 +743,48 @@ class _Allocator:
         for kernel, readers in times.items():
             self._add(kernel, self._bytes(kernel), readers[0], readers[-1])
 
+    def add_ordered_tables(self) -> None:
+        """Adds the copies of tables with contiguous rows, while a gather or scatter runs.
+
+        An update that reads the table of a scatter, without a sum between, reads and writes its
+        variables in the same order. A gather then reads the copy that the update reads.
+        """
+        summed = {total.tensor for total in self.sums}
+        tables = self._tables()
+        updates: dict[int, int] = {}
+        """Variable that is copied for its update -> the start of the update."""
+        for i, table in tables.items():
+            nbytes = self.compiler.ordered_table_bytes(table)
+            if not (nbytes and table.is_written):
+                continue
+            result = self.graph.instructions[i].results[0]
+            variables = self._updated_from(result)
+            if result in summed or not variables or not self.compiler.orders_update(table):
+                self._add(result, nbytes, i, i)
+                continue
+            times = [self.program.producer.get(variables[tensor], i) for tensor in variables]
+            self._add(result, nbytes - self._bytes(result), i, max(times))
+            for tensor in variables:
+                self._add(tensor, nbytes, min(times), max(times))
+                updates[tensor] = min(times)
+        for i, table in tables.items():
+            nbytes = self.compiler.ordered_table_bytes(table)
+            if nbytes and not table.is_written:
+                operand = self.graph.instructions[i].operands[0]
+                self._add(operand, nbytes, i, max(i, updates.get(operand, 0) - 1))
+
+    def _updated_from(self, gradient: int) -> dict[int, int]:
+        """Variable of a gradient's operator and shape -> its new value."""
+        home = self.graph.home
+        shape = self.graph.tensors[gradient].shape
+        return {
+            argument.tensor: argument.result
+            for argument in self.graph.arguments
+            if argument.result is not None
+            and home[argument.tensor] == home[gradient]
+            and self.graph.tensors[argument.tensor].shape == shape
+        }
+
     def add_filled_operands(self) -> None:
         """Adds the operands of weight gradients over dilated operands: the one with zeros in its
         holes, and a copy of the other."""
@@ -734,10 +836,3 @@ class _Allocator:
             self._add(operand, rank * self._bytes(operand), 0, available)
             self._add(source, rank * self._bytes(source), available, i)
             self._add(operand, self._bytes(operand), 0, i - 1)
-
-
-def _window_positions(instruction: Instruction) -> int:
-    """Elements of the window of a convolution, 1 for other instructions."""
-    if instruction.name != "convolution":
-        return 1
-    return math.prod(min(window.reach, window.count) for _, window in instruction.windows)

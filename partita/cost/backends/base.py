@@ -12,6 +12,7 @@ import numpy as np
 
 from partita.cost.sums import LaidOutProgram, Sum
 from partita.graph.flat import Reader
+from partita.graph.images import TiledDims
 from partita.graph.operator_graph import ITEMSIZE, Instruction, OperatorGraph
 from partita.machine import Backend
 
@@ -82,6 +83,30 @@ class Buffers:
     filled_gradients: bool = False
     """The weight gradient of a convolution over a dilated operand is a dense convolution: its
     window is the operand with zeros in its holes, and the other operand has a copy."""
+
+
+class Kernel(NamedTuple):
+    """Sizes of a kernel on a device."""
+
+    elements: int
+    """Of its largest operand or result. Images of convolutions are whole tiles."""
+    positions: int = 1
+    """Elements of the window of its convolution."""
+    is_divided: bool = False
+    """Whether its images are divided into pieces."""
+
+
+class TableAccess(NamedTuple):
+    """A gather of rows of a table, or a scatter into them. Sizes are those of a device."""
+
+    shape: tuple[int, int]
+    """(rows, columns) of the table."""
+    itemsize: int
+    """Of an element, bytes."""
+    rows: int
+    """Rows that are read or added."""
+    is_written: bool
+    """Whether it is a scatter."""
 
 
 class DimOrder(NamedTuple):
@@ -200,14 +225,32 @@ class Compiler(ABC):
         return live_bytes
 
     def program_bytes(
-        self, kernels: Sequence[tuple[int, int]], collectives: Mapping[str, int]
+        self,
+        kernels: Sequence[Kernel],
+        collectives: Mapping[str, int],
+        tables: Sequence[TableAccess] = (),
     ) -> int:
         """Bytes of the program itself in main memory, if `buffers.stored_program`.
 
-        `kernels` have the elements of the largest operand or result of each, and those of the
-        window of its convolution (1 without). `collectives` are the numbers of each kind.
+        `collectives` are the numbers of each kind. Gathers of `kernels` read `tables`. Scatters,
+        which are in no kernel, write them.
         """
         return 0
+
+    def image_pieces(self, shape: tuple[int, ...], dims: TiledDims) -> tuple[int, ...]:
+        """Sizes of an image as a convolution with a window computes it. Pieces are more samples."""
+        return shape
+
+    def ordered_table_bytes(self, table: TableAccess) -> int:
+        """Bytes of the copy of a table in which rows are contiguous, 0 without a copy.
+
+        A gather reads the copy. A scatter writes it, and the table is a copy of it.
+        """
+        return 0
+
+    def orders_update(self, table: TableAccess) -> bool:
+        """Whether an update reads the table as a scatter wrote it, and its variables so ordered."""
+        return False
 
     def copies_bytes(self, state_bytes: Sequence[int], joined_kernels: int) -> int:
         """Main memory of copies of variables to a chip's own memory, if `buffers.stored_program`.

@@ -11,7 +11,12 @@ MiB, steps of ResNet-50 use 77 (data parallel) to 104 (ZeRO-3), where all would 
 takes main memory as well, which matters for small models only. Its bytes follow from the sizes of
 kernels and from the collectives. Copies of variables to the chip have tables in main memory. The
 instructions that call kernels and copy were counted in the low-level programs of perceptrons and of
-a two-tower model, those for windows in convolutions of one layer.
+a two-tower model, those for windows in convolutions of one layer, and those for tables in programs
+of one gather or scatter.
+
+A gather and a scatter of rows address whole rows, so the columns are the minor dim of their table.
+Where tables of this shape have another order because that pads less, XLA:TPU copies the table. It
+does not where the copy would be much larger.
 
 Its matrix unit takes bfloat16. A float32 operand of products alone is converted first, so it is
 also resharded in bfloat16.
@@ -28,10 +33,10 @@ from itertools import permutations
 import numpy as np
 
 from partita.cost.backends.accelerator import XlaAccelerator
-from partita.cost.backends.base import Buffers, DimOrder, FusionRules
+from partita.cost.backends.base import Buffers, DimOrder, FusionRules, Kernel, TableAccess
 from partita.cost.sums import LaidOutProgram
 from partita.graph.flat import Reader, readers_of
-from partita.graph.images import images
+from partita.graph.images import TiledDims, images
 from partita.graph.operator_graph import ITEMSIZE, Instruction, Loop, OperatorGraph
 from partita.plans.layout import local_shape
 
@@ -60,6 +65,20 @@ POSITION_BYTES = 64
 """The same in a convolution, for each element of its window: one bundle."""
 UNROLLED_REGISTERS = 512
 """Registers over which the loop of a kernel is unrolled, at most."""
+PIECES = 8
+"""Pieces into which images of few samples are divided."""
+COPIES_OF_PIECES = 2
+"""Kernels that divide, pad and join them, for each convolution."""
+BUNDLE_BYTES = 64
+"""Instructions of one cycle."""
+ORDERING_BUNDLES = 2
+"""Bundles of a copy in another order of dims, for each register."""
+UNROLLED_ROWS = 512
+"""Rows over which the loop of a scatter is unrolled, at most."""
+UNROLLED_TABLE_BYTES = 16 << 20
+"""Bytes of a table below which the scatter's loops are unrolled, over all its registers."""
+SCATTER_BUNDLES = 1000
+"""Bundles of a scatter into a larger table."""
 COLLECTIVE_BYTES = {
     "all_gather": 60 << 10,
     "all_to_all": 120 << 10,
@@ -67,6 +86,8 @@ COLLECTIVE_BYTES = {
     "all_reduce": 32 << 10,
 }
 """Kind of a collective -> bytes of its instructions."""
+ROW_ORDER = DimOrder(1, 0)
+"""The order of dims of a table of which rows are read."""
 SELECTING = {
     "reshape",
     "transpose",
@@ -173,16 +194,54 @@ class XlaTpu(XlaAccelerator):
         return np.maximum(live_bytes - on_chip, 0)
 
     def program_bytes(
-        self, kernels: Sequence[tuple[int, int]], collectives: Mapping[str, int]
+        self,
+        kernels: Sequence[Kernel],
+        collectives: Mapping[str, int],
+        tables: Sequence[TableAccess] = (),
     ) -> int:
         """Instructions of kernels and collectives, and constants."""
         total = PROGRAM_BYTES + len(kernels) * KERNEL_BYTES
-        for elements, positions in kernels:
-            registers = min(-(-elements // (LANES * SUBLANES)), UNROLLED_REGISTERS)
-            total += registers * max(REGISTER_BYTES, positions * POSITION_BYTES)
+        for kernel in kernels:
+            registers = min(-(-kernel.elements // (LANES * SUBLANES)), UNROLLED_REGISTERS)
+            total += registers * max(REGISTER_BYTES, kernel.positions * POSITION_BYTES)
+            if kernel.is_divided:
+                total += COPIES_OF_PIECES * (KERNEL_BYTES + registers * REGISTER_BYTES)
         for kind, count in collectives.items():
             total += count * COLLECTIVE_BYTES.get(kind, 0)
+        for table in tables:
+            if self.ordered_table_bytes(table):
+                registers = min(_row_registers(table), UNROLLED_REGISTERS)
+                total += KERNEL_BYTES + registers * ORDERING_BUNDLES * BUNDLE_BYTES
+            if table.is_written:
+                total += KERNEL_BYTES + _scatter_bundles(table) * BUNDLE_BYTES
         return total
+
+    def image_pieces(self, shape: tuple[int, ...], dims: TiledDims) -> tuple[int, ...]:
+        """Eight pieces of the width, with one more column each, of images of fewer than 8 samples
+        (XLA's SpaceToBatchConverter)."""
+        width = max(d for d in range(len(shape)) if d not in dims)
+        if shape[dims.samples] >= SUBLANES or shape[width] < 2 * PIECES:
+            return shape
+        pieces = list(shape)
+        pieces[dims.samples] *= PIECES
+        pieces[width] = -(-shape[width] // PIECES) + 1
+        return tuple(pieces)
+
+    def ordered_table_bytes(self, table: TableAccess) -> int:
+        """Bytes of the table in an order that pads more, if the copy fits on the chip or is not
+        larger than twice the table (a scatter: smaller than that)."""
+        stored = self.stored_bytes(table.shape, table.itemsize)
+        ordered = self.stored_bytes(table.shape, table.itemsize, ROW_ORDER)
+        if ordered <= (self.backend.on_chip_memory or 0):
+            return ordered if ordered > stored else 0
+        is_copied = stored < ordered <= 2 * stored - table.is_written
+        return ordered if is_copied else 0
+
+    def orders_update(self, table: TableAccess) -> bool:
+        """If the copies are smaller than twice the variables. From 1.7 times on it depends on the
+        optimizer."""
+        stored = self.stored_bytes(table.shape, table.itemsize)
+        return stored < self.ordered_table_bytes(table) < 2 * stored
 
     def copies_bytes(self, state_bytes: Sequence[int], joined_kernels: int) -> int:
         """Tables and instructions. Each array is copied to the chip, and back once it is new."""
@@ -229,6 +288,21 @@ class XlaTpu(XlaAccelerator):
             and _feeds_products(graph, readers)
         )
         return 2 if is_converted else super().moved_itemsize(graph, tensor, readers)
+
+
+def _row_registers(table: TableAccess) -> int:
+    """Registers that a table fills whose columns are the minor dim."""
+    return -(-_elements_in_tiles(table.shape, *ROW_ORDER) // (LANES * SUBLANES))
+
+
+def _scatter_bundles(table: TableAccess) -> int:
+    """Bundles of a scatter: 130, two to clear each register of the table, and for each row four and
+    two for each of its registers."""
+    registers = _row_registers(table)
+    if registers * LANES * SUBLANES * table.itemsize >= UNROLLED_TABLE_BYTES:
+        return SCATTER_BUNDLES
+    row_registers = -(-table.shape[1] // LANES)
+    return 130 + 2 * registers + min(table.rows, UNROLLED_ROWS) * (4 + 2 * row_registers)
 
 
 def _padded(size: int, multiple: int) -> int:
