@@ -24,7 +24,13 @@ from partita.gnn.data.graph import Graph
 from partita.gnn.nn.rows import is_by_rows, is_ours, penalizes
 from partita.gnn.nn.vertices import SeededDropout
 from partita.gnn.prepare import Architecture, PreparationKey, PreparedGraph, Split, prepare
-from partita.gnn.step import StepState, differentiated, on_each_device, state_of
+from partita.gnn.step import (
+    StepState,
+    differentiated,
+    on_all_devices,
+    on_each_device,
+    state_of,
+)
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest relative difference by rounding, by the number type that a model computes in."""
@@ -138,7 +144,7 @@ def _step_values(
 ) -> list[np.ndarray]:
     """Loss, gradients and variables after a step on a sample, those that are no integers."""
     prepared = prepare(sample, PreparationKey(sample.digest, split, architecture))
-    state = state_of(model)._replace(optimizer=[])
+    state = on_all_devices(state_of(model)._replace(optimizer=[]), split.devices)
     step = partial(_differentiated_step, model, _aggregations(prepared))
     program = jax.jit(on_each_device(step, split.devices, (False, True), gives_own=False))
     values = program(state, prepared.data)

@@ -126,15 +126,17 @@ class GraphTrainer:
         run = self._reused(graph)
         if run is None:
             self._check(graph)
-            key = self._key(graph)
-            if mask == "train":
-                _check_mask(self.model, graph, mask)
-                check_fits(self.model, graph, key)
-                self._check_agreement(graph, key)
-            run = DeviceRun(self.model, self.steps, prepare(graph, key))
-            self._features = graph.feature_count
         if mask is not None:
             _check_mask(self.model, graph, mask)
+        key = self._key(graph)
+        if mask == "train":
+            if run is None:
+                check_fits(self.model, graph, key)
+            # Also of a prepared graph: a layer may train since the model was compiled again.
+            self._check_agreement(graph, key)
+        if run is None:
+            run = DeviceRun(self.model, self.steps, prepare(graph, key))
+            self._features = graph.feature_count
         self._keep(run)
         return run
 

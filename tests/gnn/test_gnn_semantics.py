@@ -328,6 +328,17 @@ def test_a_network_that_differs_on_devices_is_refused(
         fitted(kind(between()), random_graph(), devices=2)
 
 
+def test_a_layer_that_trains_since_compile_is_tested_again() -> None:
+    model = OwnNetwork(keras.layers.BatchNormalization())
+    model.between.trainable = False
+    graph = random_graph()
+    fitted(model, graph, devices=2)
+    model.between.trainable = True
+    model.compile("sgd")
+    with pytest.raises(GraphError, match="Use gnn.VertexBatchNormalization"):
+        model.fit(graph, epochs=1, devices=2, verbose=0)
+
+
 class ExactNetwork(OwnNetwork):
     """Batch normalization, dropout and a penalty by the means for several devices."""
 
