@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 CONFIDENCE = 0.9
 """Probability that an interval holds an observation."""
@@ -56,5 +56,5 @@ class RecursiveLeastSquares:
         """Half of the interval that holds an observation at x with CONFIDENCE."""
         variance = self._squares / (1 + self.observations)
         spread = float(x @ self.covariance @ x)
-        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, 1 + self.observations))
+        quantile = float(stdtrit(1 + self.observations, (1 + CONFIDENCE) / 2))
         return quantile * math.sqrt(variance * (1 + spread))
