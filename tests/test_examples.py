@@ -40,6 +40,7 @@ def printed(command: str, folder: Path) -> str:
         "NPROC",
         "KERAS_BACKEND",
         "TF_CPP_MIN_LOG_LEVEL",
+        "PYTHONPATH",
     )
     kept = {k: v for k, v in os.environ.items() if k not in unset}
     environment = {
