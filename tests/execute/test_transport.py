@@ -41,7 +41,7 @@ TRAIN = """
 
 
 def environment(**more: str) -> dict[str, str]:
-    absent = ("JAX_NUM_CPU_DEVICES", "NPROC", "XLA_FLAGS")
+    absent = ("JAX_NUM_CPU_DEVICES", "NPROC")
     return {key: v for key, v in os.environ.items() if key not in absent} | more
 
 
@@ -110,7 +110,7 @@ PEER = """
     from partita.execute.process_group import group
     from partita.execute.processes import together
 
-    process_arrays.WAIT_SECONDS = 2
+    process_arrays.WAIT_SECONDS = 2 if sys.argv[1] == "silent" else 60
     joining.HEARTBEAT = 12
     join(group(), print)
     channel = process_arrays.channel()
