@@ -1,7 +1,8 @@
 """PyTorch's operations as JAX's: torchax, its gaps closed, and operators named by module.
 
 torchax 0.0.13 differs from PyTorch in silence. Mended here: running statistics of batch
-normalizations, gradients through `torch.detach` and `torch.no_grad`, grouped transposed
+normalizations, gradients through `torch.detach` and `torch.no_grad`, derivatives where a function
+is not smooth (`derivatives`), extremes along a dim, real Fourier transforms, grouped transposed
 convolutions, attention to nothing, embeddings and their bags, classes out of range, some losses,
 distances and norms, average pooling, antialiased and folded images (`images`), searches, random
 numbers (`noise`), solutions of linear systems, tensors made without a device or moved to another
@@ -16,7 +17,7 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ import numpy as np
 from partita.capture.names import MODULE_SCOPE
 from partita.errors import CaptureError
 from partita.torch import images, noise
+from partita.torch.derivatives import DERIVATIVES, absolute, power_base
 from partita.torch.extra import Package
 from partita.torch.recurrent import CELLS, network
 
@@ -68,14 +70,15 @@ def environment() -> Environment:
     class Completed(torchax.Environment):
         """An environment that differs from PyTorch nowhere in silence, as far as is known."""
 
-        trusts = False
-        """Whether an operation of PyTorch's own runs, whose views in place show nowhere else."""
-
         def __init__(self) -> None:
             super().__init__()
             self.read_attributes: set[tuple[int, str]] = set()
             """Attributes without a value of the step that were read while it was traced last, by
             the id of their module."""
+            self.outer: list[weakref.ref[torch.Tensor]] = []
+            """Tensors of PyTorch that were read while a step was traced."""
+            self.stand_ins: dict[int, Tensor] = {}
+            """Tensors of the step, by the id of the module's parameter or buffer."""
 
         def _should_use_torchax_tensor(self, device: Any) -> bool:
             return device is None or super()._should_use_torchax_tensor(device)
@@ -98,29 +101,42 @@ def environment() -> Environment:
                 # `dispatch` gives its values to the target.
                 return super()._get_op_or_decomp(out_of_place)
 
+        def _with_stand_ins(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            leaves = torch_tree.tree_leaves((args, kwargs))
+            if not any(id(leaf) in self.stand_ins for leaf in leaves):
+                return args, kwargs
+            return torch_tree.tree_map(lambda x: self.stand_ins.get(id(x), x), (args, kwargs))
+
         def _to_copy(self, the_tensor: Any, new_dtype: Any, new_device: Any) -> Any:
             # A step runs on the devices of its plan: moves to others have no effect.
             device = None if is_traced(the_tensor) else new_device
             return super()._to_copy(the_tensor, new_dtype, device)
 
         def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+            name = _name_of(func)
+            args, kwargs = _on_jax(name, *self._with_stand_ins(args, kwargs or {}))
+            is_in_place = name.endswith("_") and not name.startswith("__")
+            if torch.is_grad_enabled() and not is_in_place:
+                args, kwargs = torch_tree.tree_map_only(torchax.View, _stopped, (args, kwargs))
             if func == torch.Tensor.requires_grad.__get__ and is_traced(args[0]):
                 return _requires_gradient(args[0])
-            name = _name_of(func)
-            args, kwargs = _on_jax(name, args, kwargs or {})
+            if func == torch.Tensor.data.__get__ and is_traced(args[0]):
+                return args[0].data
             leaves = torch_tree.tree_leaves((args, kwargs))
             traced = [leaf for leaf in leaves if is_traced(leaf)]
             tensors = [_owner(leaf) for leaf in traced]
             before = [tensor.jax() for tensor in tensors]
-            is_in_place = name.endswith("_") and not name.startswith("__")
             target = args[0] if is_in_place and args else kwargs.get("out")
-            if not self.trusts:
-                _check_writable(target)
+            for leaf in traced:
+                _check_current(leaf)
             result = super().dispatch(func, types, args, kwargs)
             if is_traced(target) and name not in _SETTERS:
                 result = _written(
                     name, target, result, before[[id(x) for x in traced].index(id(target))]
                 )
+            for tensor, old in zip(tensors, before, strict=True):
+                if tensor.jax() is not old:
+                    _note_change(tensor)
             _mark_views(name, args, result)
             if not torch.is_grad_enabled():
                 return _without_gradients(result, traced, tensors, before)
@@ -134,8 +150,13 @@ def environment() -> Environment:
     # cannot use: DataLoader(pin_memory=True), DataParallel and torch.compile would fail.
     torch.jax.is_available = lambda: False
     completed = Completed()
-    for operation, function in _replacements():
+    power = completed._ops[torch.ops.aten.pow].func
+    derivatives = DERIVATIVES | {"pow": lambda x, y: power(power_base(x, y), y)}
+    for operation, function in (*_replacements(), *_with_derivatives(derivatives)):
         completed.override_op_definition(operation, function)
+    for operation in (torch.ops.aten.cummax, torch.ops.aten.cummin):
+        run = completed._ops[operation].func
+        completed.override_op_definition(operation, functools.partial(_running_extreme, run))
     return completed
 
 
@@ -167,6 +188,9 @@ def _replacements() -> Iterator[tuple[Any, Callable[..., Any]]]:
         operation = getattr(torch.ops.aten, f"_upsample_{mode}2d_aa")
         yield operation, functools.partial(_antialiased, mode)
     yield functional.fold, _fold
+    yield torch.ops.aten._fft_c2r, _real_fourier
+    yield torch.ops.aten.max.dim, functools.partial(_extreme, 1)
+    yield torch.ops.aten.min.dim, functools.partial(_extreme, -1)
     yield torch.searchsorted, _searchsorted
     for take in (torch.take_along_dim, torch.Tensor.take_along_dim):
         yield take, _take_along
@@ -178,26 +202,30 @@ def _replacements() -> Iterator[tuple[Any, Callable[..., Any]]]:
         yield getattr(torch.ops.aten, name), fill
     for convolution in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d):
         yield convolution, functools.partial(_transposed_convolution, convolution)
-    for cell in (f"{kind}_cell" for kind in CELLS):
-        function = getattr(torch, cell)
-        yield function, functools.partial(_trusted, function)
     for kind in CELLS:
         yield getattr(torch, kind), functools.partial(_recurrent, kind)
+
+
+def _with_derivatives(
+    functions: Mapping[str, Callable[..., Any]],
+) -> Iterator[tuple[Any, Callable[..., Any]]]:
+    """All operations of these names, with functions of arrays."""
+    for name, function in functions.items():
+        packet = getattr(torch.ops.aten, name)
+        for overload in packet.overloads():
+            if "out" not in overload:
+                yield getattr(packet, overload), functools.partial(_of_arrays, function)
+
+
+def _of_arrays(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A function of arrays as one of tensors."""
+    args, kwargs = unwrapped((args, kwargs))
+    return wrapped(function(*args, **kwargs))
 
 
 def _unmoved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The tensor itself: a step runs on the devices of its plan."""
     return tensor
-
-
-def _trusted(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """A function of PyTorch that changes views of its own temporary values in place."""
-    traced: Any = environment()
-    traced.trusts = True
-    try:
-        return function(*args, **kwargs)
-    finally:
-        traced.trusts = False
 
 
 def _name_of(func: Any) -> str:
@@ -222,6 +250,7 @@ def _on_jax(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Arguments with constants of PyTorch as torchax tensors, where they meet torchax tensors."""
     leaves = torch_tree.tree_leaves((args, kwargs))
     constants = [x for x in leaves if isinstance(x, torch.Tensor) and not is_traced(x)]
+    environment().outer += map(weakref.ref, constants)
     if not constants or not any(is_traced(leaf) for leaf in leaves):
         return args, kwargs
     if name.endswith("_") and args and args[0] is constants[0]:
@@ -242,32 +271,85 @@ _SETTERS = ("requires_grad_", "retain_grad_", "copy_", "set_")
 """Changes in place that may leave the values as they are."""
 # fmt: off
 _VIEWS = frozenset((
-    "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "transpose", "swapaxes",
-    "swapdims", "movedim", "permute", "t", "T", "mT", "squeeze", "unsqueeze", "expand",
-    "expand_as", "select", "slice", "narrow", "chunk", "split", "tensor_split", "unbind",
-    "diagonal", "unfold", "as_strided", "real", "imag", "__get__", "__getitem__",
+    "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "ravel", "transpose",
+    "swapaxes", "swapdims", "movedim", "moveaxis", "permute", "t", "T", "mT", "H", "mH", "adjoint",
+    "squeeze", "unsqueeze", "expand", "expand_as", "broadcast_to", "broadcast_tensors", "select",
+    "slice", "narrow", "chunk", "split", "split_with_sizes", "unsafe_chunk", "unsafe_split",
+    "unsafe_split_with_sizes", "hsplit", "vsplit", "dsplit", "tensor_split", "unbind", "diagonal",
+    "unfold", "as_strided", "atleast_1d", "atleast_2d", "atleast_3d", "real", "imag", "conj",
+    "_conj", "view_as_real", "view_as_complex", "detach", "alias", "__get__",
 ))
 # fmt: on
-"""Operations whose result shares the memory of their first argument in PyTorch."""
+"""Operations whose results share the memory of their first argument in PyTorch."""
+
+
+class _Memory:
+    """The part of a memory that PyTorch would let a tensor share with others."""
+
+    def __init__(self, whole: _Memory | None = None, split: object = None) -> None:
+        self.whole = whole
+        """That of the tensor of which this one is a view."""
+        self.split = split
+        """Stands for the operation that made views without a common element: this one is one."""
+        self.is_old = False
+        """Whether it was changed through another tensor, which the array of its own does not show.
+        """
+        self.views: weakref.WeakSet[_Memory] = weakref.WeakSet()
+        if whole is not None:
+            whole.views.add(self)
+
+    def change(self) -> None:
+        """Its tensor is changed in place."""
+        for view in self.views:
+            view.age()
+        part = self
+        while part.whole is not None:
+            part.whole.is_old = True
+            for view in part.whole.views:
+                if view is not part and (part.split is None or view.split is not part.split):
+                    view.age()
+            part = part.whole
+
+    def age(self) -> None:
+        """It and its views are changed through another tensor."""
+        self.is_old = True
+        for view in self.views:
+            view.age()
 
 
 def _mark_views(name: str, args: Any, result: Any) -> None:
     """Notes in the results of a view which tensors PyTorch would change with them."""
-    if name not in _VIEWS or not args or not isinstance(args[0], torchax.Tensor):
+    if name not in _VIEWS or not args or not is_traced(args[0]):
         return
-    bases = (weakref.ref(args[0]), *getattr(args[0], "_bases", ()))
-    for leaf in torch_tree.tree_leaves(result):
-        if isinstance(leaf, torchax.Tensor) and leaf is not args[0]:
-            leaf._bases = bases
+    base = _owner(args[0])
+    leaves = [leaf for leaf in torch_tree.tree_leaves(result) if isinstance(leaf, torchax.Tensor)]
+    views = [leaf for leaf in leaves if leaf is not base]
+    split = object() if len(views) > 1 else None
+    for view in views:
+        _share(base, view, split)
 
 
-def _check_writable(target: Any) -> None:
-    """CaptureError if a change in place would have to show in another living tensor."""
-    bases = getattr(target, "_bases", ()) if isinstance(target, torchax.Tensor) else ()
-    if any(base() is not None for base in bases):
+def _share(base: Tensor, view: Tensor, split: object = None) -> None:
+    """Notes that a tensor is a view of another one."""
+    base._memory = getattr(base, "_memory", None) or _Memory()
+    view._memory = _Memory(base._memory, split)
+
+
+def _note_change(tensor: Any) -> None:
+    """Notes that a tensor was changed in place."""
+    memory = getattr(_owner(tensor), "_memory", None)
+    if memory is not None:
+        memory.change()
+
+
+def _check_current(tensor: Any) -> None:
+    """CaptureError if a tensor that is read was changed through another one."""
+    memory = getattr(_owner(tensor), "_memory", None)
+    if memory is not None and memory.is_old:
         raise CaptureError(
-            "The forward pass changes a view in place, and JAX's arrays share no memory. Change "
-            "the tensor itself by an index, y[0] = 1, or make a new one: y = y + 1."
+            "The forward pass changes a view in place and then reads its tensor, or the reverse, "
+            "and JAX's arrays share no memory. Change the tensor itself by an index, y[0] = 1, or "
+            "make a new one: y = y + 1."
         )
 
 
@@ -333,13 +415,23 @@ def _without_gradients(
     def stop(leaf: Any) -> Any:
         if not is_traced(leaf) or id(leaf) in arguments:
             return leaf
-        stopped = _tensor(jax.lax.stop_gradient(leaf.jax()))
-        stopped._bases = getattr(leaf, "_bases", ())
         if isinstance(leaf, torchax.View):
-            stopped._bases = (weakref.ref(leaf.parent),)
+            leaf._has_no_gradient = True
+            return leaf
+        stopped = _tensor(jax.lax.stop_gradient(leaf.jax()))
+        stopped._memory = getattr(leaf, "_memory", None)
         return stopped
 
     return torch_tree.tree_map_only(torch.Tensor, stop, result)
+
+
+def _stopped(view: Any) -> Any:
+    """A view; a tensor without a gradient for one that was made under `torch.no_grad()`."""
+    if not getattr(view, "_has_no_gradient", False):
+        return view
+    tensor = _tensor(jax.lax.stop_gradient(view.jax()))
+    _share(_owner(view), tensor)
+    return tensor
 
 
 @jax.custom_jvp
@@ -370,7 +462,12 @@ def wrapped(tree: Any) -> Any:
 
 def unwrapped(tree: Any) -> Any:
     """A tree of torchax tensors as a tree of JAX arrays."""
-    return torch_tree.tree_map_only(torch.Tensor, lambda tensor: tensor.jax(), tree)
+
+    def array_of(tensor: Any) -> jax.Array:
+        _check_current(tensor)
+        return tensor.jax()
+
+    return torch_tree.tree_map_only(torch.Tensor, array_of, tree)
 
 
 @contextmanager
@@ -387,6 +484,18 @@ def tracing(module: torch.nn.Module, key: Any) -> Iterator[None]:
         stack.enter_context(environment())
         stack.enter_context(environment().override_property(prng=key))
         yield
+
+
+@contextmanager
+def standing_in(stand_ins: dict[int, Tensor]) -> Iterator[None]:
+    """Inside, tensors of the step are used in the place of a module's own parameters and buffers,
+    such as those in a list, by the id of the latter."""
+    traced: Any = environment()
+    traced.stand_ins = stand_ins
+    try:
+        yield
+    finally:
+        traced.stand_ins = {}
 
 
 @contextmanager
@@ -478,7 +587,7 @@ def _detach(tensor: Tensor) -> Tensor:
 def _recurrent(kind: str, inputs: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """`torch.lstm` and its like, by a loop over time; packed sequences unrolled."""
     if isinstance(args[2], (list, tuple)):
-        return _trusted(getattr(torch, kind), inputs, *args)
+        return getattr(torch, kind)(inputs, *args)
     states, weights, has_biases, _, dropout, training, is_bidirectional, batch_first = args
     sequence = inputs.jax()
 
@@ -729,7 +838,7 @@ def _binary_cross_entropy(
 
 def _length(differences: jax.Array, p: float) -> jax.Array:
     """The p-norm of the last dim, whose gradient is 0 where all differences are 0."""
-    sizes = jnp.abs(differences)
+    sizes = absolute(differences)
     if math.isinf(p):
         return sizes.max(axis=-1) if p > 0 else sizes.min(axis=-1)
     if p == 0:
@@ -849,6 +958,59 @@ def _fold(
     columns = input.jax()
     result = images.folded(columns[None] if input.dim() == 2 else columns, *pairs)
     return _tensor(result[0] if input.dim() == 2 else result)
+
+
+def _running_extreme(run: Any, input: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """`torch.cummax` and its like by torchax's, with the gradient of the elements it finds."""
+    values = input.jax()
+    extremes, places = run(jax.lax.stop_gradient(values), dim % max(1, values.ndim))
+    if values.ndim > 0:
+        found = jnp.take_along_axis(values, places, dim)
+        extremes = jnp.where(jnp.isnan(extremes), extremes, found)
+    return _tensor(extremes), _tensor(places)
+
+
+def _real_fourier(
+    input: Tensor, dim: Sequence[int], normalization: int, last_dim_size: int
+) -> Tensor:
+    """`torch.fft.irfftn`; torchax takes the last size of several dims for even."""
+    values = input.jax()
+    sizes = [*(values.shape[d] for d in dim[:-1]), last_dim_size]
+    norm = ("forward", "ortho", "backward")[normalization]
+    return _tensor(jnp.fft.irfftn(values, sizes, tuple(dim), norm))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _largest(values: jax.Array, dim: int) -> jax.Array:
+    """The maximum along a dim, with the gradient of the first element that has it.
+
+    JAX's own compares the elements with the maximum. XLA may compute them again in another order,
+    and then the gradient is lost; of equal elements, each has a part of it.
+    """
+    return jnp.max(values, dim)
+
+
+@_largest.defjvp
+def _largest_jvp(dim: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (values,) = primals
+    place = jnp.argmax(values, dim, keepdims=True)
+    is_there = jax.lax.broadcasted_iota(place.dtype, values.shape, dim) == place
+    return _largest(values, dim), jnp.where(is_there, tangents[0], 0).sum(dim)
+
+
+def _extreme(sign: int, input: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """`torch.max` along a dim, or `torch.min` with the sign -1."""
+    values = input.jax()
+    if values.ndim == 0:
+        return input, _tensor(jnp.zeros((), int))
+    dim = dim % values.ndim
+    locate = jnp.argmax if sign > 0 else jnp.argmin
+    place = locate(values, dim, keepdims=keepdim)
+    if jnp.issubdtype(values.dtype, jnp.floating):
+        result = sign * _largest(sign * values, dim)
+    else:
+        result = jnp.max(values, dim) if sign > 0 else jnp.min(values, dim)
+    return _tensor(jnp.expand_dims(result, dim) if keepdim else result), _tensor(place)
 
 
 def _searchsorted(
@@ -1017,6 +1179,7 @@ def _refused_extensions() -> Iterator[None]:
 
     reads = environment().read_attributes
     reads.clear()
+    environment().outer.clear()
 
     def read_attribute(module: Any, name: str) -> Any:
         value = object.__getattribute__(module, name)
@@ -1028,16 +1191,21 @@ def _refused_extensions() -> Iterator[None]:
     set_item = torchax.Tensor.__setitem__
 
     def set_checked(tensor: Any, key: Any, value: Any) -> None:
-        _check_writable(tensor)
+        _check_current(tensor)
         if isinstance(value, torch.Tensor) and not is_traced(value):
             value = environment().to_xla(value)
+        before = tensor.jax()
         set_item(tensor, key, value)
+        _note_change(tensor)
+        if not torch.is_grad_enabled():
+            tensor._elem = _with_gradient_of(tensor.jax(), before)
 
     replaced: Sequence[tuple[Any, str, Any]] = (
         (normalization, "forward", normalize),
         (torch.nn.Module, "__getattribute__", read_attribute),
         (torchax.Tensor, "__setitem__", set_checked),
         (torchax.Tensor, "flatten", torch.Tensor.flatten),
+        (torchax.Tensor, "detach", torch.Tensor.detach),
         # torchax's own converts the tensor itself
         (torchax.Tensor, "type_as", lambda tensor, other: tensor.to(other.dtype)),
         (torch.Tensor, "backward", differentiate),

@@ -35,6 +35,7 @@ from partita.torch.environment import (
     is_traced,
     require_gradients,
     shape_tensor,
+    standing_in,
     tracing,
     unwrapped,
     wrapped,
@@ -244,7 +245,7 @@ class Outputs:
         def noted(tensor: torch.Tensor) -> torch.Tensor:
             if not is_traced(tensor):
                 return tensor
-            arrays.append(tensor.jax())
+            arrays.append(unwrapped(tensor))
             return shape_tensor(arrays[-1])
 
         return cls(arrays, Same(mapped(noted, outputs)))
@@ -290,8 +291,13 @@ def _frozen(value: Any, level: int = 0) -> Any:
         items = value.items() if isinstance(value, Mapping) else value
         return (type(value).__name__, *(_frozen(item, level + 1) for item in items))
     if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-        return Same(value), None if value.is_inference() else value._version
+        return Same(value), _version_of(value)
     return Same(value)
+
+
+def _version_of(tensor: torch.Tensor | None) -> int | None:
+    """Tells whether a tensor was changed in place; None for one that does not tell it, or none."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 _UNREAD = frozenset(
@@ -383,9 +389,19 @@ class Settings:
         """By name, the value of attributes that the forward pass itself changes."""
         self._keys: list[tuple[_Unchanged, SettingsKey]] = []
         """Keys of late, as in train and in eval mode, with what tells whether they are right."""
+        self._outer: dict[int, tuple[weakref.ref[torch.Tensor], int | None]] = {}
+        """Tensors from elsewhere that a program read, such as those of a closure, with their
+        versions, by id."""
+        self._outer_changes = 0
 
     def key(self) -> SettingsKey:
         """The values now."""
+        outer = {name: (ref, _version_of(ref())) for name, (ref, _) in self._outer.items()}
+        if outer != self._outer:
+            # A tensor that is gone was replaced.
+            self._outer = {name: known for name, known in outer.items() if known[0]() is not None}
+            self._outer_changes += 1
+            self._keys.clear()
         for unchanged, key in self._keys:
             if unchanged.holds():
                 return key
@@ -396,7 +412,7 @@ class Settings:
             for attribute, value in vars(child).items()
             if attribute not in _UNREAD
         }
-        key = SettingsKey(values | self._kept)
+        key = SettingsKey(values | self._kept | {"": self._outer_changes})
         unchanged = _Unchanged([vars(child) for _, child in named])
         self._keys = [(unchanged, key), *self._keys[: RECENT_KEYS - 1]]
         return key
@@ -404,6 +420,7 @@ class Settings:
     def keep_changed(self, before: SettingsKey) -> list[str]:
         """Keeps the values `before` for attributes that have others now, and names them, but for
         those that hold tensors of the step and are not read before."""
+        self._take_outer()
         after = self.key()
         if after == before:
             return []
@@ -413,6 +430,14 @@ class Settings:
         self._keys.clear()
         read = self._names(environment().read_attributes)
         return [name for name in changed if now.get(name) != TRACED or name in read]
+
+    def _take_outer(self) -> None:
+        """Notes the tensors from elsewhere that the program which was traced last reads."""
+        for ref in environment().outer:
+            tensor = ref()
+            if tensor is not None:
+                self._outer[id(tensor)] = ref, _version_of(tensor)
+        environment().outer.clear()
 
     def _names(self, attributes: set[tuple[int, str]]) -> set[str]:
         """Names of attributes that are given with the id of their module."""
@@ -492,9 +517,12 @@ class ModuleNetwork:
         given = wrapped(batch)
         with explained(self.module), tracing(self.module, key), _warned(given):
             inputs, targets = self._split(given)
-            outputs, arrays = self._call(trained, fixed, inputs)
-            with jax.named_scope(MODULE_SCOPE + LOSS_SCOPE):
-                value = self._value(outputs, targets)
+
+            def value_of(outputs: Any) -> Any:
+                with jax.named_scope(MODULE_SCOPE + LOSS_SCOPE):
+                    return self._value(outputs, targets)
+
+            value, arrays = self._call(trained, fixed, inputs, value_of)
         changed = [name for name in trained if arrays[name] is not trained[name]]
         names = (*self.names.fixed, *changed)
         return unwrapped(value), {name: jax.lax.stop_gradient(arrays[name]) for name in names}
@@ -504,8 +532,7 @@ class ModuleNetwork:
     ) -> Outputs:
         """The module's outputs; programs are told apart by its `settings`."""
         with explained(self.module), tracing(self.module, key):
-            outputs, _ = self._call(trained, fixed, wrapped(inputs))
-            return Outputs.of(outputs)
+            return self._call(trained, fixed, wrapped(inputs), Outputs.of)[0]
 
     def _split(self, batch: Any) -> tuple[Any, Any]:
         """(inputs, targets) of a batch; without a loss, all of it is input."""
@@ -519,8 +546,13 @@ class ModuleNetwork:
             )
         return batch
 
-    def _call(self, trained: Arrays, fixed: Arrays, inputs: Any) -> tuple[Any, Arrays]:
-        """(outputs, the arrays after the call)."""
+    def _call(
+        self, trained: Arrays, fixed: Arrays, inputs: Any, finish: Callable[[Any], Any]
+    ) -> tuple[Any, Arrays]:
+        """(what `finish` makes of the outputs, the arrays afterwards).
+
+        A loss may read the module's weights or call it again: in `finish`, it has the arrays.
+        """
         tensors = wrapped({**trained, **fixed})
         for name in trained:
             require_gradients(tensors[name])
@@ -531,10 +563,12 @@ class ModuleNetwork:
             kwargs = inputs
         else:
             args = inputs if isinstance(inputs, tuple) else (inputs,)
+        originals = dict(_named_tensors(self.module))
+        stand_ins = {id(originals[name]): tensor for name, tensor in every.items()}
         # The module may change its buffers in place, or replace them: `every` then has the new.
-        with stateless._reparametrize_module(self.module, every):
-            outputs = self.module(*args, **kwargs)
-        return outputs, unwrapped({name: every[name] for name in tensors})
+        with stateless._reparametrize_module(self.module, every), standing_in(stand_ins):
+            result = finish(self.module(*args, **kwargs))
+        return result, unwrapped({name: every[name] for name in tensors})
 
     def _value(self, outputs: Any, targets: Any) -> Any:
         """The loss, a scalar tensor."""

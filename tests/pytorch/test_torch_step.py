@@ -277,6 +277,12 @@ def _changed(parameter: Any, change: Callable[[Any], Any]) -> Any:
     return y
 
 
+def _row_without_gradient(y: Any) -> None:
+    with torch.no_grad():
+        y[0] = 2.0
+        y[1].mul_(3)
+
+
 OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "norm of zeros": lambda p: functional.normalize(p * torch.tensor([[1.0], [0.0], [1.0]])),
     "3-norm of zeros": lambda p: functional.normalize(p * torch.tensor([[1.0], [0.0], [1.0]]), 3),
@@ -298,7 +304,7 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "ceil without padding": lambda p: functional.avg_pool1d(p, 3, 2, 1, True, False),
     "filled part": lambda p: _changed(p, lambda y: y[1:3].fill_(2.0)),
     "filled part of a part": lambda p: _changed(p, lambda y: y[1:][:1].masked_fill_(y[1] > 0, 2.0)),
-    "powers in place": lambda p: _changed(p, lambda y: y.exp_().neg_().clamp_min_(-9).sigmoid_()),
+    "powers in place": lambda p: _changed(p, lambda y: y.neg_().exp_()),
     "powers of a part": lambda p: _changed(p, lambda y: y[:, 1:3].exp_()),
     "eye into a tensor": lambda p: _changed(p.detach(), lambda y: torch.eye(3, 8, out=y)) * p,
     "folded": lambda p: functional.fold(p.view(1, 4, 6), (3, 5), 2, padding=1, stride=2),
@@ -315,6 +321,21 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "searched": lambda p: (
         p * torch.searchsorted(torch.arange(8.0).expand(3, 8), (9 * p.detach()).round(), right=True)
     ),
+    "sizes of zeros": lambda p: (p - p.detach()).abs() * torch.arange(8) + (p - p.detach()).norm(9),
+    "bounds": lambda p: p.clamp(min=p.detach()) + functional.relu6(p - p.detach()) + p.clamp(max=p),
+    "hard bounds": lambda p: functional.hardswish(p - p.detach() - 3) + functional.hardsigmoid(p),
+    "leak at zero": lambda p: functional.leaky_relu(p - p.detach(), 0.2),
+    "large softplus": lambda p: functional.softplus(p * 100),
+    "deviation of equals": lambda p: (p * torch.tensor([[1.0], [0.0], [2.0]])).std(1),
+    "powers of zero": lambda p: (p - p.detach()) ** 0 + torch.xlogy(p - p.detach(), 0 * p.detach()),
+    "origin": lambda p: torch.atan2(p - p.detach(), p - p.detach()) + torch.sinc(p - p.detach()),
+    "first of equals": lambda p: torch.stack([p, p.detach()]).max(0).values + p.min(-1, True)[0],
+    "last of equals": lambda p: torch.stack([p, p.detach(), p - 9]).cummax(0)[0].sum(0),
+    "odd spectrum": lambda p: torch.fft.irfft2(torch.fft.rfft2(p[:, :7]), s=(3, 7)),
+    "changed siblings": lambda p: (
+        p[:, :4] * sum(part.mul_(2) for part in p.detach().clone().chunk(2, 1))
+    ),
+    "row without gradient": lambda p: _changed(p, _row_without_gradient),
     "density": lambda p: torch.distributions.Normal(p, p.abs() + 1).log_prob(p.detach()),
     "taken": lambda p: p.take_along_dim(p.argsort(1, descending=True)[:, :3], 1),
     "rest": lambda p: functional.avg_pool2d(p.view(1, 3, 2, 4), 2, 3, 1, divisor_override=3),
@@ -590,6 +611,29 @@ class View(Branches):
         return y
 
 
+class Reshaped(Branches):
+    """Reads a view after a change of its tensor."""
+
+    def forward(self, x: Any) -> Any:
+        y = self.dense(x)
+        view = y.view(-1)
+        y *= 2
+        return view
+
+
+class DetachedBuffer(Branches):
+    """Changes a buffer through a view of it, which the step would lose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(CLASSES))
+
+    def forward(self, x: Any) -> Any:
+        y = self.dense(x)
+        self.mean.detach().view(-1)[:2].copy_(y.detach().mean(0)[:2])
+        return y
+
+
 class Generated(Branches):
     def forward(self, x: Any) -> Any:
         return self.dense(x) * torch.rand(1, generator=torch.Generator())
@@ -610,6 +654,8 @@ REFUSED = {
     r"return y\[y.* Write torch.where": (Chosen, sgd),
     r"return torch.from_numpy.* Write torch.where": (ToNumpy, sgd),
     "changes a view in place": (View, sgd),
+    "changes a view in place and then reads its tensor": (DetachedBuffer, sgd),
+    "reads its tensor, or the reverse": (Reshaped, sgd),
     "bags of several lengths": (Bags, sgd),
     "draws from a generator": (Generated, sgd),
     "running statistics of an instance": (
@@ -1018,6 +1064,44 @@ def test_dicts_keep_their_order() -> None:
     targets = {2: torch.rand(4, CLASSES), 1: torch.rand(4, CLASSES)}
     expected = float(loss(module(**inputs), targets).detach())
     assert float(step((inputs, targets))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_may_read_the_module() -> None:
+    """Its weights, from the module and a list; and tensors from elsewhere, which may change."""
+    torch.manual_seed(0)
+    module = perceptron()
+    parameters = list(module.parameters())
+    scales = {"one": torch.ones(CLASSES)}
+
+    def loss(outputs: Any, targets: Any) -> Any:
+        sizes = sum(p.square().sum() for p in module.parameters()) + parameters[0].norm()
+        again = module(torch.arange(24.0).reshape(2, 12).cos())
+        weighed = functional.cross_entropy(outputs, targets, scales["one"])
+        return weighed + sizes / 9 + again.square().mean()
+
+    def change(number: int) -> None:
+        if number == 1:
+            scales["one"][2] = 3.0
+        if number == 2:
+            scales["one"] = torch.arange(CLASSES) + 1.0
+
+    data = batches()
+    step = partita.torch.training_step(module, loss, sgd(module))
+    ours = []
+    for number, batch in enumerate(data):
+        change(number)
+        ours.append(float(step(batch)))
+    state = step.state_dict()
+    scales["one"] = torch.ones(CLASSES)
+    optimizer = sgd(module)
+    for number, (x, y) in enumerate(data):
+        change(number)
+        optimizer.zero_grad()
+        expected = loss(module(x), y)
+        expected.backward()
+        optimizer.step()
+        assert ours[number] == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert_equal_states(state, module)
 
 
 class Several(NamedTuple):
