@@ -75,6 +75,9 @@ def environment() -> Environment:
             self.read_attributes: set[tuple[int, str]] = set()
             """Attributes without a value of the step that were read while it was traced last, by
             the id of their module."""
+            self.contents: list[tuple[Any, Any]] = []
+            """Attributes of modules, and dicts and lists in them, with copies from before a step
+            was traced; none once the changes were looked at."""
             self.outer: list[weakref.ref[torch.Tensor]] = []
             """Tensors of PyTorch that were read while a step was traced."""
             self.stand_ins: dict[int, Tensor] = {}
@@ -477,6 +480,10 @@ def tracing(module: torch.nn.Module, key: Any) -> Iterator[None]:
     Args:
         key: The random key of dropout and other noise.
     """
+    attributes = [vars(child) for child in module.modules()]
+    values = [value for names in attributes for value in names.values()]
+    contents = attributes + [value for value in values if type(value) in (dict, list)]
+    environment().contents[:] = [(container, container.copy()) for container in contents]
     with ExitStack() as stack:
         stack.enter_context(_refused_extensions())
         stack.enter_context(_ignored_features(module))
@@ -1182,7 +1189,11 @@ def _refused_extensions() -> Iterator[None]:
     environment().outer.clear()
 
     def read_attribute(module: Any, name: str) -> Any:
-        value = object.__getattribute__(module, name)
+        try:
+            value = object.__getattribute__(module, name)
+        except AttributeError:
+            reads.add((id(module), name))
+            raise
         is_outer = value is None or isinstance(value, torch.Tensor) and not is_traced(value)
         if is_outer and name in object.__getattribute__(module, "__dict__"):
             reads.add((id(module), name))

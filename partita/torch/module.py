@@ -161,6 +161,14 @@ def check_whole_numbers(array: np.ndarray) -> None:
         )
 
 
+def saved_dtype(array: Any, tensor: torch.Tensor) -> torch.dtype:
+    """The dtype of an array in a state that has the names of a module: that of the module's own
+    tensor, unless the forward pass replaced it by one of another dtype."""
+    if array.dtype == jax.dtypes.canonicalize_dtype(_jax_dtype(tensor.dtype)):
+        return tensor.dtype
+    return torch.int64 if array.dtype == jnp.int32 else getattr(torch, str(array.dtype))
+
+
 def to_torch(array: Any, dtype: torch.dtype) -> torch.Tensor:
     """An array as a tensor on the CPU that owns its memory."""
     values = np.array(array)
@@ -386,7 +394,8 @@ class Settings:
         if isinstance(loss, torch.nn.Module):
             self.modules[LOSS_SCOPE] = loss
         self._kept: dict[str, Any] = {}
-        """By name, the value of attributes that the forward pass itself changes."""
+        """By name, the value of attributes that the forward pass itself changes; None for one that
+        it makes."""
         self._keys: list[tuple[_Unchanged, SettingsKey]] = []
         """Keys of late, as in train and in eval mode, with what tells whether they are right."""
         self._outer: dict[int, tuple[weakref.ref[torch.Tensor], int | None]] = {}
@@ -412,7 +421,11 @@ class Settings:
             for attribute, value in vars(child).items()
             if attribute not in _UNREAD
         }
-        key = SettingsKey(values | self._kept | {"": self._outer_changes})
+        values |= self._kept
+        absent = [name for name, value in values.items() if value is None]
+        for name in absent:
+            del values[name]
+        key = SettingsKey(values | {"": self._outer_changes})
         unchanged = _Unchanged([vars(child) for _, child in named])
         self._keys = [(unchanged, key), *self._keys[: RECENT_KEYS - 1]]
         return key
@@ -420,8 +433,13 @@ class Settings:
     def keep_changed(self, before: SettingsKey) -> list[str]:
         """Keeps the values `before` for attributes that have others now, and names them, but for
         those that hold tensors of the step and are not read before."""
+        contents = environment().contents
+        if not contents:
+            return []
         self._take_outer()
         after = self.key()
+        _restore_traced(contents)
+        contents.clear()
         if after == before:
             return []
         now, old = after.values, before.values
@@ -455,6 +473,21 @@ class Settings:
             for prefix, module in self.modules.items()
             for named in module.named_modules(prefix=prefix)
         ]
+
+
+def _restore_traced(contents: Sequence[tuple[Any, Any]]) -> None:
+    """Gives containers their contents from before a trace in the place of tensors of the step,
+    which no other program can read."""
+    for container, before in contents:
+        if isinstance(container, list):
+            if any(map(is_traced, container)):
+                container[:] = before
+            continue
+        for name in [name for name, value in container.items() if is_traced(value)]:
+            if name in before:
+                container[name] = before[name]
+            else:
+                del container[name]
 
 
 def _joined(path: str, attribute: str) -> str:
@@ -566,7 +599,11 @@ class ModuleNetwork:
         originals = dict(_named_tensors(self.module))
         stand_ins = {id(originals[name]): tensor for name, tensor in every.items()}
         # The module may change its buffers in place, or replace them: `every` then has the new.
-        with stateless._reparametrize_module(self.module, every), standing_in(stand_ins):
+        with (
+            _without_new_buffers(self.module),
+            stateless._reparametrize_module(self.module, every),
+            standing_in(stand_ins),
+        ):
             result = finish(self.module(*args, **kwargs))
         return result, unwrapped({name: every[name] for name in tensors})
 
@@ -592,6 +629,30 @@ class ModuleNetwork:
                 "that is computed without argmax, rounding or comparisons."
             )
         return value
+
+
+@contextmanager
+def _without_new_buffers(module: torch.nn.Module) -> Iterator[None]:
+    """Removes the buffers that a forward pass makes inside, and names them."""
+    buffers = [
+        (path, child, dict(child._buffers), set(child._non_persistent_buffers_set))
+        for path, child in module.named_modules()
+    ]
+    yield
+    made = []
+    for path, child, before, unsaved in buffers:
+        for name, tensor in child._buffers.items():
+            if tensor is not None and before.get(name) is None:
+                made.append(_joined(path, name))
+        child._buffers.clear()
+        child._buffers.update(before)
+        child._non_persistent_buffers_set = unsaved
+    if made:
+        warnings.warn(
+            f"The forward pass makes the buffers {', '.join(made)}, which the step makes anew each "
+            "time. Register them with tensors before if they hold values from step to step.",
+            stacklevel=2,
+        )
 
 
 @contextmanager
@@ -623,6 +684,18 @@ def _random_states() -> tuple[Any, ...]:
     """States of the global random numbers of Python and NumPy."""
     _, numbers, place, *_ = np.random.get_state()
     return random.getstate(), numbers.tobytes(), place
+
+
+@contextmanager
+def leaks_explained(name: str) -> Iterator[None]:
+    """Inside, a tensor of an earlier pass that a module called `name` reads is a CaptureError."""
+    try:
+        yield
+    except jax.errors.UnexpectedTracerError as error:
+        raise CaptureError(
+            f"'{name}' or its loss reads a tensor that an earlier pass left in a list, an object "
+            "or a global variable. Hold it in a buffer, or make it anew in each pass."
+        ) from error
 
 
 def _line_of_user(error: Exception) -> str:

@@ -27,8 +27,10 @@ from partita.torch.module import (
     arrays_of,
     as_batch,
     explained,
+    leaks_explained,
     modes_of,
     names_of,
+    saved_dtype,
     to_torch,
 )
 from partita.torch.optimizers import Optimizer, check_clip_norm, clipped, optimizer_of
@@ -154,7 +156,8 @@ class TrainingStep:
                 f"'{self.name}' is on the meta device, so it can be planned, and has no weights "
                 "to train. Make it without torch.device('meta')."
             )
-        self.state, loss = self._run(*arguments)
+        with leaks_explained(self.name):
+            self.state, loss = self._run(*arguments)
         changed = self._settings.keep_changed(arguments[-1])
         if changed:
             warnings.warn(
@@ -206,7 +209,10 @@ class TrainingStep:
 
     def plan_for(self, batch: Any, **options: Any) -> Plan:
         """The fastest plan for batches like this one; options of `partita.plan`, as `machine`."""
-        return api.plan(self._named_function(), args=self.arguments(batch), **options)
+        arguments = self.arguments(batch)
+        plan = api.plan(self._named_function(), args=arguments, **options)
+        self._settings.keep_changed(arguments[-1])
+        return plan
 
     def predict(self, inputs: Any) -> Any:
         """The module's outputs in eval mode, as tensors on the CPU; nothing is trained."""
@@ -215,13 +221,14 @@ class TrainingStep:
         module.eval()
         settings = self._settings.key()
         try:
-            outputs = self._outputs(
-                self.state.params,
-                self.state.buffers,
-                self.state.key,
-                as_batch(inputs),
-                settings,
-            )
+            with leaks_explained(self.name):
+                outputs = self._outputs(
+                    self.state.params,
+                    self.state.buffers,
+                    self.state.key,
+                    as_batch(inputs),
+                    settings,
+                )
             self._settings.keep_changed(settings)
         finally:
             for child, mode in zip(module.modules(), modes, strict=True):
@@ -236,7 +243,8 @@ class TrainingStep:
         result = {}
         for name, tensor in self.network.module.state_dict().items():
             array = arrays[first[name]]
-            result[name] = to_torch(array if alone() else whole(array), tensor.dtype)
+            dtype = saved_dtype(array, tensor)
+            result[name] = to_torch(array if alone() else whole(array), dtype)
         return result
 
     def load_state_dict(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -1104,6 +1104,59 @@ def test_a_loss_may_read_the_module() -> None:
     assert_equal_states(state, module)
 
 
+class Caching(Branches):
+    """Makes a buffer, an attribute and an item of a dict when they are first read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", None, persistent=False)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+        self.rows: dict[int, Any] = {}
+
+    def forward(self, x: Any) -> Any:
+        self.passes = self.passes / 2 + 1
+        if self.mask is None:
+            self.mask = torch.arange(CLASSES) / 9
+        if not hasattr(self, "places"):
+            self.places = torch.arange(CLASSES).cos()
+        if len(x) not in self.rows:
+            self.rows[len(x)] = torch.ones(len(x), 1)
+        return self.dense(x) * self.mask + self.places * self.rows[len(x)]
+
+
+def test_caches_of_the_forward_pass_are_made_in_each_program() -> None:
+    module = Caching()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    (x, y), *_ = batches()
+    with pytest.warns(UserWarning, match="makes the buffers mask, which the step makes anew"):
+        step((x, y))
+    step((x[:4], y[:4]))
+    predicted = step.predict(x[:2])
+    state = step.state_dict()
+    assert state["passes"] == 1.5
+    assert (module.mask, module.rows, hasattr(module, "places")) == (None, {}, False)
+    module.load_state_dict(state)
+    torch.testing.assert_close(predicted, module(x[:2]).detach(), rtol=1e-5, atol=1e-5)
+
+
+LEFT: list[Any] = []
+
+
+class Leaving(Branches):
+    def forward(self, x: Any) -> Any:
+        LEFT.append(self.dense(x))
+        return LEFT[0].mean(0) + LEFT[-1]
+
+
+def test_a_tensor_of_an_earlier_pass_is_named() -> None:
+    module = Leaving()
+    step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+    (x, y), *_ = batches()
+    step((x, y))
+    with pytest.raises(partita.PartitaError, match="reads a tensor that an earlier pass left"):
+        step((x[:4], y[:4]))
+
+
 class Several(NamedTuple):
     logits: Any
     parts: dict[str, Any]
