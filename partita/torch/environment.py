@@ -1148,6 +1148,15 @@ def _normalized(forward: Any, module: Any, input: Tensor) -> Tensor:
     )
 
 
+def _checkpointed(run: Any, *args: Any) -> Any:
+    """The function of `torch.utils.checkpoint`, called with its inputs.
+
+    The newer way calls it elsewhere, and here keeps the inputs for a tensor: none for one without a
+    gradient.
+    """
+    return run(*args[1:]) if callable(run) else run.detach()
+
+
 _DERIVATIVES = ("jacobian", "hessian", "vjp", "jvp", "vhp", "hvp")
 """Functions of torch.autograd.functional, which are zero without PyTorch's own gradients."""
 
@@ -1158,6 +1167,8 @@ def _refused_extensions() -> Iterator[None]:
     raise a CaptureError."""
 
     def apply(function: type, *args: Any, **kwargs: Any) -> Any:
+        if function.__module__ == "torch.utils.checkpoint":
+            return _checkpointed(*args)
         raise CaptureError(
             f"The custom backward of {function.__name__} (torch.autograd.Function) cannot be used "
             "in JAX. Write its forward pass with PyTorch's operations, which are differentiated."

@@ -3,6 +3,7 @@
 They need the extra `partita[torch]`: `make test-torch` installs it and runs them.
 """
 
+import importlib
 import random
 import warnings
 from collections.abc import Callable
@@ -24,6 +25,7 @@ pytest.importorskip(
 )
 nn = torch.nn
 functional = torch.nn.functional
+checkpoint = importlib.import_module("torch.utils.checkpoint").checkpoint
 CLASSES = 5
 
 
@@ -334,6 +336,10 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "odd spectrum": lambda p: torch.fft.irfft2(torch.fft.rfft2(p[:, :7]), s=(3, 7)),
     "changed siblings": lambda p: (
         p[:, :4] * sum(part.mul_(2) for part in p.detach().clone().chunk(2, 1))
+    ),
+    "checkpointed": lambda p: (
+        checkpoint(torch.tanh, p * 2, use_reentrant=False)
+        + checkpoint(torch.sin, p * 3, use_reentrant=True)
     ),
     "row without gradient": lambda p: _changed(p, _row_without_gradient),
     "density": lambda p: torch.distributions.Normal(p, p.abs() + 1).log_prob(p.detach()),
