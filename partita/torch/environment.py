@@ -1228,6 +1228,8 @@ def _refused_extensions() -> Iterator[None]:
         (torchax.Tensor, "__setitem__", set_checked),
         (torchax.Tensor, "flatten", torch.Tensor.flatten),
         (torchax.Tensor, "detach", torch.Tensor.detach),
+        # torchax's own operations read it of a view, too, and set it
+        (torchax.View, "_elem", property(torchax.View.jax, torchax.View.update)),
         # torchax's own converts the tensor itself
         (torchax.Tensor, "type_as", lambda tensor, other: tensor.to(other.dtype)),
         (torch.Tensor, "backward", differentiate),

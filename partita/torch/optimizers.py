@@ -55,8 +55,8 @@ class Optimizer:
         if _settings_of(self.source) != self.settings:
             raise CaptureError(
                 "A setting of the optimizer other than its learning rate changed after the step "
-                "was made. Use a scheduler that changes the learning rate alone, as OneCycleLR does "
-                "with cycle_momentum=False."
+                "was made. Use a scheduler that changes the learning rate alone: OneCycleLR needs "
+                "cycle_momentum=False."
             )
         for group in self.source.param_groups:
             rate = group["lr"]

@@ -334,6 +334,7 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "first of equals": lambda p: torch.stack([p, p.detach()]).max(0).values + p.min(-1, True)[0],
     "last of equals": lambda p: torch.stack([p, p.detach(), p - 9]).cummax(0)[0].sum(0),
     "odd spectrum": lambda p: torch.fft.irfft2(torch.fft.rfft2(p[:, :7]), s=(3, 7)),
+    "ranked column": lambda p: p[:, 0][p[:, 1].argsort()] * p[:, 2],
     "changed siblings": lambda p: (
         p[:, :4] * sum(part.mul_(2) for part in p.detach().clone().chunk(2, 1))
     ),
