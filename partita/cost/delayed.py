@@ -251,6 +251,7 @@ def gather_times(graph: OperatorGraph, layout: Layout, combined_bytes: float) ->
     times: list[int] = []
     nbytes = math.inf
     waiting = [(source.get(read.after, -1), read) for read in layout.reads if read.after >= 0]
+    waiting = [(time, read) for time, read in waiting if time >= first_backward(graph)]
     for time, read in sorted(waiting, key=lambda gather: gather[0]):
         nbytes += graph.tensors[read.tensor].nbytes
         if nbytes > combined_bytes:

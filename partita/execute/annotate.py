@@ -20,7 +20,7 @@ from partita.cost.partial import PendingSums, pending_sums
 from partita.cost.reshard import Axes, reshard_steps
 from partita.execute.local_calls import write_local_calls
 from partita.graph.flat import HEAVY
-from partita.graph.operator_graph import Instruction, OperatorGraph
+from partita.graph.operator_graph import Instruction, OperatorGraph, producers
 from partita.plans.layout import Layout, Read, Sharding
 from partita.plans.plan import Mesh
 
@@ -300,7 +300,9 @@ class Annotator:
         tensors = (read.tensor, read.after)
         values = [self.values[t] for t in tensors]
         values[0] = self._constrain(values[0], self.layout.shardings[read.tensor])
-        gradient = values[1].owner.operation
+        computed_at = producers(self.graph)
+        is_first = computed_at.get(read.tensor, -1) < computed_at[read.after]
+        last = values[is_first].owner.operation
         layout = [self.layout.shardings[t] for t in tensors]
         for value, sharding in slices:
             values.append(value)
@@ -313,10 +315,10 @@ class Annotator:
             attributes={
                 "sdy.sharding": ir.Attribute.parse(f"#sdy.sharding_per_value<[{shardings}]>")
             },
-            loc=gradient.location,
-            ip=ir.InsertionPoint(gradient),
+            loc=last.location,
+            ip=ir.InsertionPoint(last),
         )
-        barrier.move_after(gradient)
+        barrier.move_after(last)
         return barrier.results[0]
 
     def _chain(self, read: Read) -> Chain:

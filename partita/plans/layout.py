@@ -24,6 +24,7 @@ from partita.graph.operator_graph import (
     Label,
     Loop,
     OperatorGraph,
+    first_backward,
     per_graph,
     producers,
 )
@@ -266,7 +267,7 @@ def _layout_of(key: IdentityKey[OperatorGraph], splits: _Splits) -> Layout:
         if needed in builder.updating:
             updating.add(read)
     if is_gpu(graph.target):
-        reads = _summed_early(graph, reads, updating)
+        reads = _summed_early(graph, _gathered_late(graph, reads, builder.slices), updating)
     host = offloaded(graph, plan)
     return Layout(tuple(builder.shardings), tuple(reads), builder.assignments, host)
 
@@ -510,12 +511,12 @@ def gathering_passes(graph: OperatorGraph) -> dict[int, int]:
     return passes
 
 
-def prefetching_product(graph: OperatorGraph, reader: int) -> int:
-    """The product of the backward pass after which the gather for a reader begins, -1 for none."""
+def prefetching_product(graph: OperatorGraph, reader: int, phase: str = "backward") -> int:
+    """The product of a pass after which the gather for a reader begins, -1 for none."""
     product = reader
     for _ in range(PREFETCHED):
         if product >= 0:
-            product = _earlier_products(graph)[product]
+            product = _earlier_products(graph)[phase][product]
     return product
 
 
@@ -536,12 +537,35 @@ def _gathered_again(graph: OperatorGraph, read: Read) -> list[Read]:
     return [replace(read, readers=others), again]
 
 
-SUMMED_BYTES = 30 << 20
-"""Bytes of gradients whose slices a gather waits for, at least. XLA:GPU combines smaller sums."""
+COMBINED_BYTES = 30 << 20
+"""Bytes of gathers or sums that wait together, at least. XLA:GPU combines smaller ones."""
 import os
 
 SUMMED_GATHERS = int(os.environ.get("LAG", "4"))
 """Times of gathers between a gradient and the gather that waits for its slice."""
+
+
+def _gathered_late(graph: OperatorGraph, reads: list[Read], slices: Set[int]) -> list[Read]:
+    """The reads of a step whose gathers of stored parameters wait for products of the forward pass.
+
+    XLA:GPU would gather many at the start of the step, beside no product.
+    """
+    first = {
+        read: min(read.readers)[0]
+        for read in reads
+        if read.tensor in slices and read.after < 0 and min(read.readers)[0] >= 0
+    }
+    after: dict[Read, int] = {}
+    waited_for, nbytes = -1, COMBINED_BYTES
+    for read in sorted(first, key=first.__getitem__):
+        product = prefetching_product(graph, first[read], "forward")
+        if product < 0:
+            continue
+        if nbytes >= COMBINED_BYTES:
+            waited_for, nbytes = graph.instructions[product].results[0], 0
+        nbytes += graph.tensors[read.tensor].nbytes
+        after[read] = waited_for
+    return [replace(read, after=after.get(read, read.after)) for read in reads]
 
 
 def _summed_early(graph: OperatorGraph, reads: list[Read], updating: Set[Read]) -> list[Read]:
@@ -551,13 +575,15 @@ def _summed_early(graph: OperatorGraph, reads: list[Read], updating: Set[Read]) 
     reads of updates.
     """
     producer = producers(graph)
-    times = sorted({producer[read.after]: read.after for read in reads if read.after >= 0}.items())
+    backward = first_backward(graph)
+    gathers = {producer[read.after]: read.after for read in reads if read.after >= 0}
+    times = sorted((time, gather) for time, gather in gathers.items() if time >= backward)
     before: dict[Read, int] = {}
     waiting: list[Read] = []
     slices = [read for read in reads if read in updating and read.tensor in producer]
     for read in sorted(slices, key=lambda read: producer[read.tensor]):
         waiting.append(read)
-        if sum(graph.tensors[read.tensor].nbytes for read in waiting) < SUMMED_BYTES:
+        if sum(graph.tensors[read.tensor].nbytes for read in waiting) < COMBINED_BYTES:
             continue
         number = bisect_left(times, (producer[read.tensor], 0)) + SUMMED_GATHERS
         if number < len(times):
@@ -567,12 +593,16 @@ def _summed_early(graph: OperatorGraph, reads: list[Read], updating: Set[Read]) 
 
 
 @per_graph
-def _earlier_products(graph: OperatorGraph) -> tuple[int, ...]:
-    """[instruction]: the last product of the backward pass that it depends on, -1 for none.
+def _earlier_products(graph: OperatorGraph) -> dict[str, tuple[int, ...]]:
+    """Pass -> [instruction]: the last product of it on which the instruction depends, -1 for none.
 
     Adjacent barriers are one for the compiler: a rematerialized value waits for the gradient behind
     the first of them.
     """
+    return {phase: _products_before(graph, phase) for phase in ("forward", "backward")}
+
+
+def _products_before(graph: OperatorGraph, phase: str) -> tuple[int, ...]:
     producer = producers(graph)
     earlier: list[int] = []
     before = ""
@@ -583,7 +613,7 @@ def _earlier_products(graph: OperatorGraph) -> tuple[int, ...]:
             made_at = producer.get(tensor, index)
             if made_at < index:
                 source = graph.instructions[made_at]
-                is_product = source.name in HEAVY and source.phase == "backward"
+                is_product = source.name in HEAVY and source.phase == phase
                 is_one = is_product and source.trips == 1
                 last = max(last, made_at if is_one else earlier[made_at])
         earlier.append(last)

@@ -34,6 +34,7 @@ from partita.graph.operator_graph import (
     producers,
 )
 from partita.plans.layout import prefetching_product
+from partita.plans.plan import is_gpu
 from partita.simulation.pieces import GRADIENT_PIECE, LAST_PIECE, Node, kernel_nodes, kernel_work
 
 SlotKind = Literal["compute", "exchange", "sum", "gather", "move", "join"]
@@ -172,7 +173,7 @@ class _StructureBuilder:
                 self.slots[gather] = Slot("gather", operator, phase)
                 self.position[gather] = self.position[first] - 0.2
                 self.before[first].add(gather)
-                if phase == "backward":
+                if phase == "backward" or is_gpu(self.graph.target):
                     self._start_late(gather, first)
         last = self.last_kernels.get((operator, "update"))
         if last is not None:
@@ -180,8 +181,8 @@ class _StructureBuilder:
             self._add_after(last, gather, Slot("gather", operator, "update"), 0.2)
 
     def _start_late(self, gather: Node, reader: Node) -> None:
-        """Lets the gather for a backward pass begin a few products before it."""
-        product = prefetching_product(self.graph, self.first_product[reader])
+        """Lets the gather for a pass begin a few products before it."""
+        product = prefetching_product(self.graph, self.first_product[reader], reader.phase)
         node = self.nodes[product] if product >= 0 else None
         if node is not None and node in self.slots:
             self.before[gather].add(node)

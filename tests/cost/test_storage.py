@@ -17,7 +17,7 @@ from partita.cost.moves import Placement
 from partita.cost.terms import cost_terms
 from partita.execute import program
 from partita.execute.verify import compare_steps
-from partita.graph.operator_graph import producers
+from partita.graph.operator_graph import first_backward, producers
 from partita.machine import load
 from partita.plans import layout as layouts
 from partita.plans.baselines import BASELINES
@@ -90,7 +90,7 @@ def test_what_is_gathered_twice_leaves_memory_between(captured):
     graph = captured.graph
     plan = plan_of(captured, "ZeRO-3")
     layout = layout_of(graph, plan)
-    assert sum(read.after >= 0 for read in layout.reads) == LAYERS - 4
+    assert sum(read.after >= 0 for read in layout.reads) == (LAYERS - 4) + (LAYERS - 3)
     kept = replace(layout, reads=tuple(replace(read, after=-1) for read in layout.reads))
     peak = memory(graph, plan.mesh, layout, GPUS.backend).peak
     assert peak <= memory(graph, plan.mesh, kept, GPUS.backend).peak
@@ -99,7 +99,7 @@ def test_what_is_gathered_twice_leaves_memory_between(captured):
 @pytest.fixture
 def summed_early(captured, monkeypatch):
     """The same layers, whose gathers wait for slices of gradients as those of large layers do."""
-    monkeypatch.setattr(layouts, "SUMMED_BYTES", 0)
+    monkeypatch.setattr(layouts, "COMBINED_BYTES", 0)
     monkeypatch.setattr(layouts, "SUMMED_GATHERS", 0)
     return replace(captured, graph=replace(captured.graph))
 
@@ -114,6 +114,10 @@ def test_gathers_wait_for_slices_of_large_gradients(captured):
     assert len(slices) >= 16 // 2
     assert {read.before for read in slices} <= {read.after for read in layout.reads}
     computed_at = producers(large.graph)
+    gathers = [read for read in layout.reads if read.after >= 0]
+    forward = [read for read in gathers if computed_at[read.after] < first_backward(large.graph)]
+    assert len({read.after for read in forward}) == len(forward) == 16 - 3, "one by one"
+    assert all(computed_at[read.after] < min(read.readers)[0] for read in gathers)
     assert all(computed_at[read.tensor] < computed_at[read.before] for read in slices)
     late = replace(layout, reads=tuple(replace(read, before=-1) for read in layout.reads))
     early_peak, late_peak = (
@@ -166,7 +170,7 @@ def test_the_step_is_that_of_one_device(size, request, monkeypatch):
     step = program.planned_step(captured, plan)
     text = step.lower().as_text()
     barriers = re.findall(r"stablehlo\.optimization_barrier (?:\{.*\} )?(%\S+), ", text)
-    assert len(barriers) == LAYERS - 4
+    assert len(barriers) == (LAYERS - 4) + (LAYERS - 3)
     for slices in barriers:
         assert f"{slices} = sdy.sharding_constraint" in text, "else XLA slices the gathered copy"
     waited_for = re.findall(r"stablehlo\.optimization_barrier .* : (.*)", text)
