@@ -381,7 +381,7 @@ class _Allocator:
             for value in group
         }
         for read in layout.reads:
-            if read.before >= 0 and read.tensor in self.meeting:
+            if read.before >= 0:
                 self.meeting[read.tensor] = self.program.producer[read.before]
         """Gradient -> the instruction at which it is summed with those that wait for each other."""
         self.entries: list[tuple[int, int, int, int, int, int]] = []

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
+from typing import NamedTuple
 
 from partita.graph.clones import BARRIER
 from partita.graph.flat import HEAVY, Reader, readers_of
@@ -162,30 +163,37 @@ def update_families(graph: OperatorGraph) -> dict[int, int]:
     """
     family = _parameters_and_slots(graph)
     updates = _updates(graph)
-    computed = set(chain.from_iterable(results for _, results in updates))
+    computed = {tensor for update in updates for tensor in update.results}
 
-    def extend(members: tuple[int, ...], candidates: tuple[int, ...]) -> None:
+    def extend(update: _Update, members: tuple[int, ...], candidates: tuple[int, ...]) -> None:
         parameters = {family[t] for t in members if t in family}
         if len(parameters) != 1:
             return
         (parameter,) = parameters
+        shape = graph.tensors[parameter].shape
         for t in candidates:
-            if t in computed and _same_layout(graph, t, parameter):
+            is_alike = update.is_elementwise and graph.tensors[t].shape == shape
+            if t in computed and (is_alike or _same_layout(graph, t, parameter)):
                 family.setdefault(t, parameter)
 
-    for operands, results in updates:
-        extend(operands, results)
-    for operands, results in reversed(updates):
-        extend(results, operands)
+    for update in updates:
+        extend(update, update.operands, update.results)
+    for update in reversed(updates):
+        extend(update, update.results, update.operands)
     return family
 
 
-def _updates(graph: OperatorGraph) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(operands, results) of the instructions of the update, in program order.
+class _Update(NamedTuple):
+    """An instruction of the update, or a result of a conditional behind its branches, with the
+    values that they yield."""
 
-    A conditional comes once per result, behind its branches: the operands are the values that they
-    yield.
-    """
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    is_elementwise: bool
+
+
+def _updates(graph: OperatorGraph) -> list[_Update]:
+    """The instructions of the update in program order; a conditional comes once per result."""
     conditional_at = {
         loop.body[1]: loop
         for loop in graph.loops
@@ -197,15 +205,24 @@ def _updates(graph: OperatorGraph) -> list[tuple[tuple[int, ...], tuple[int, ...
             updates += _branch_results(conditional_at[i])
         is_update = instruction.phase == "update" and instruction.trips == 1
         if is_update and instruction.name not in CONDITIONALS:
-            updates.append((instruction.operands, instruction.results))
+            is_elementwise = _is_elementwise(instruction)
+            updates.append(_Update(instruction.operands, instruction.results, is_elementwise))
     return updates
 
 
-def _branch_results(conditional: Loop) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _is_elementwise(instruction: Instruction) -> bool:
+    """Whether all operands of an instruction have the dims of its result."""
+    rule = instruction.rule
+    if rule is None or rule.reduction:
+        return False
+    return all(mapping == rule.results[0] for mapping in (*rule.operands, *rule.results))
+
+
+def _branch_results(conditional: Loop) -> list[_Update]:
     yielded_for: dict[int, tuple[int, ...]] = defaultdict(tuple)
     for _, result, yielded, _ in conditional.carried:
         yielded_for[result] += (yielded,)
-    return [(yielded, (result,)) for result, yielded in yielded_for.items()]
+    return [_Update(yielded, (result,), False) for result, yielded in yielded_for.items()]
 
 
 def _parameters_and_slots(graph: OperatorGraph) -> dict[int, int]:
@@ -332,11 +349,11 @@ class _LayoutBuilder:
             self._convert_slices()
 
     def _families(self) -> Mapping[int, int]:
-        """The families of the update, with the conversions of their gradients."""
+        """The families of the update, with conversions and additions of their gradients."""
         families = update_families(self.graph)
         if not is_accelerated(self.graph):
             return families
-        return {**families, **converted_gradients(self.graph)}
+        return {**families, **passed_gradients(self.graph)}
 
     def _convert_slices(self) -> None:
         """Parameters are converted before they are gathered."""
@@ -372,13 +389,29 @@ class _LayoutBuilder:
             target = self.stored[parameter][1]
             for position, tensor in enumerate(instruction.operands):
                 is_relative = self.family.get(tensor, parameter) == parameter
-                if not is_relative or not _same_layout(self.graph, tensor, parameter):
+                if not is_relative or not self._is_aligned(index, position, parameter):
                     continue
                 if self.shardings[tensor] != target:
                     key = (tensor, self.graph.home[parameter], target)
                     self.reads[key].append((index, position))
                     self.updating.add(key)
                 self.labelled.add((index, position))
+
+    def _is_aligned(self, index: int, position: int, parameter: int) -> bool:
+        """Whether an operand of an update has the dims of its parameter.
+
+        A gradient may have labels of another operator, as of one that reads the parameter, too.
+        """
+        graph, instruction = self.graph, self.graph.instructions[index]
+        tensor = instruction.operands[position]
+        if _same_layout(graph, tensor, parameter):
+            return True
+        source = producers(graph).get(tensor, -1)
+        is_gradient = tensor in self.family or (
+            source >= 0 and graph.instructions[source].phase == "backward"
+        )
+        has_shape = graph.tensors[tensor].shape == graph.tensors[parameter].shape
+        return is_gradient and has_shape and _is_elementwise(instruction)
 
     def _updated_parameter(self, instruction: Instruction) -> int:
         for tensor in instruction.results:
@@ -465,26 +498,31 @@ def _is_copy(graph: OperatorGraph, instruction: Instruction, parameter: int) -> 
 
 
 @per_graph
-def converted_gradients(graph: OperatorGraph) -> dict[int, int]:
-    """Gradient that a conversion makes for one update alone -> its parameter."""
+def passed_gradients(graph: OperatorGraph) -> dict[int, int]:
+    """Gradient that conversions and additions make for one update alone -> its parameter."""
     families = update_families(graph)
     producer = producers(graph)
     gradients: dict[int, int] = {}
-    for instruction in graph.instructions:
-        parameters = {families[t] for t in instruction.results if t in families}
-        if instruction.phase != "update" or len(parameters) != 1:
+    waiting = [
+        (tensor, families[instruction.results[0]])
+        for instruction in graph.instructions
+        if instruction.phase == "update" and instruction.results[0] in families
+        for tensor in instruction.operands
+        if tensor not in families
+    ]
+    while waiting:
+        tensor, parameter = waiting.pop()
+        source = graph.instructions[producer[tensor]] if tensor in producer else None
+        if source is None or source.name not in ("convert", "add") or source.trips != 1:
             continue
-        (parameter,) = parameters
-        for tensor in instruction.operands:
-            if tensor in families or not _same_layout(graph, tensor, parameter):
-                continue
-            source = graph.instructions[producer[tensor]] if tensor in producer else None
-            if source is None or source.name != "convert" or source.trips != 1:
-                continue
-            readers = [i for i, _ in readers_of(graph)[tensor] if i >= 0]
-            updated = {families.get(graph.instructions[i].results[0]) for i in readers}
-            if updated == {parameter} and tensor not in graph.outputs:
-                gradients[tensor] = parameter
+        if graph.tensors[tensor].shape != graph.tensors[parameter].shape:
+            continue
+        results = {
+            graph.instructions[i].results[0] if i >= 0 else -1 for i, _ in readers_of(graph)[tensor]
+        }
+        if all(parameter in (families.get(t), gradients.get(t)) for t in results):
+            gradients[tensor] = parameter
+            waiting += [(operand, parameter) for operand in source.operands]
     return gradients
 
 

@@ -183,3 +183,43 @@ def test_the_step_is_that_of_one_device(size, request, monkeypatch):
     batch = generator.normal(size=(BATCH, WIDTH)).astype(jnp.bfloat16)
     differences = compare_steps(captured, step, state, batch)
     assert max(difference.relative for difference in differences) < 0.02
+
+
+def test_both_gradients_of_a_tied_weight_are_summed_in_slices(monkeypatch):
+    words, width = 64, 32
+
+    def loss(weight, ids):
+        x = jnp.tanh(weight.astype("bfloat16")[ids])
+        scores = jnp.einsum("bw,vw->bv", x, weight.astype("bfloat16"))
+        return (scores.astype("float32") ** 2).mean()
+
+    def step(state, ids):
+        value, gradient = jax.value_and_grad(loss)(state["weight"], ids)
+        moment = 0.9 * state["moment"] + gradient**2
+        weight = state["weight"] - gradient / (jnp.sqrt(moment) + 1)
+        return {"loss": value}, {"moment": moment, "weight": weight}
+
+    matrix = jax.ShapeDtypeStruct((words, width), "float32")
+    captured = capture_step(
+        step,
+        {"moment": matrix, "weight": matrix},
+        jax.ShapeDtypeStruct((BATCH,), "int32"),
+        [Leaf("moment", "optimizer", parameter="weight"), Leaf("weight", "parameter")],
+        batch_size=BATCH,
+    )
+    captured = replace(captured, graph=replace(captured.graph, target="cuda"))
+    plan = plan_of(captured, "ZeRO-3")
+    assert "weight" in plan.storage
+    kinds = Counter(kind for kind, nbytes in sent(captured, plan).elements() if nbytes > 4)
+    assert kinds["reduce_scatter"] == 2
+    assert kinds["all_reduce"] == 0
+    monkeypatch.setattr(program, "_check_platform", lambda graph, mesh: None)
+    generator = np.random.default_rng(0)
+    state = {
+        name: generator.normal(size=(words, width)).astype("float32")
+        for name in ("moment", "weight")
+    }
+    state["moment"] **= 2
+    ids = generator.integers(0, words, BATCH).astype("int32")
+    differences = compare_steps(captured, program.planned_step(captured, plan), state, ids)
+    assert max(difference.relative for difference in differences) < 0.02
