@@ -28,6 +28,7 @@ Other kernels that read it, such as the product for the gradient of a weight, wa
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -224,15 +225,62 @@ def _delayed_slices(
 ) -> dict[int, int]:
     """Product for the gradient of a stored weight -> the instruction at which it runs.
 
-    It waits for the next gather of variables for the backward pass.
+    It waits for its sum, or for the next gather of variables for the backward pass.
     """
     sliced = _sliced(graph, layout)
+    sums = early_sums(graph, layout)
     delayed = {}
     for root in fused.kernels:
         is_product = graph.instructions[root].name in PRODUCTS
         if is_product and root in sliced and root in _gradients(graph):
-            delayed[root] = next((time for time in gathers if time > root), root)
+            total = sums.get(graph.instructions[root].results[0])
+            delayed[root] = (
+                total.computed if total else next((time for time in gathers if time > root), root)
+            )
     return delayed
+
+
+@dataclass(frozen=True)
+class EarlySum:
+    """A sum of a gradient for which a later gather waits."""
+
+    computed: int
+    """The instruction beside which the gradient is computed."""
+    summed: int
+    """That beside which its slice exists."""
+
+
+def early_sums(graph: OperatorGraph, layout: Layout) -> dict[int, EarlySum]:
+    """Gradient -> its sum, for those for which gathers wait.
+
+    The scheduler goes backward from the gather: the sums follow each other, a product of the
+    backward pass beside each, and a gradient is computed just before its sum begins.
+    """
+    producer = producers(graph)
+    groups: dict[int, set[int]] = defaultdict(set)
+    for read in layout.reads:
+        if read.before >= 0:
+            groups[producer[read.before]].add(read.tensor)
+    if not groups:
+        return {}
+    products = [
+        i
+        for i, instruction in enumerate(graph.instructions)
+        if instruction.name in PRODUCTS
+        and instruction.phase == "backward"
+        and i not in _gradients(graph)
+    ]
+    sums = {}
+    for end, tensors in groups.items():
+        times = products[: bisect_right(products, end)]
+        computed = summed = end
+        for tensor in sorted(tensors, key=producer.__getitem__, reverse=True):
+            source = producer[tensor]
+            sums[tensor] = EarlySum(max(source, computed), max(source, summed))
+            if graph.instructions[source].name in PRODUCTS and len(times) > 1:
+                times.pop()
+                computed, summed = times[-1], computed
+    return sums
 
 
 def _sliced(graph: OperatorGraph, layout: Layout) -> set[int]:

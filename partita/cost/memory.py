@@ -26,6 +26,7 @@ import numpy as np
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import Kernel, ProductShape, TableAccess
 from partita.cost.collectives import DEFAULT, collectives, emitted_sums
+from partita.cost.delayed import early_sums
 from partita.cost.fusion import ALONE, Fusion, fused_under, kernel_reads
 from partita.cost.joined import computed_together
 from partita.cost.lifetimes import Lifetimes, lifetimes_under, static_lifetimes
@@ -380,10 +381,9 @@ class _Allocator:
             for group in self.groups
             for value in group
         }
-        for read in layout.reads:
-            if read.before >= 0:
-                self.meeting[read.tensor] = self.program.producer[read.before]
         """Gradient -> the instruction at which it is summed with those that wait for each other."""
+        for tensor, total in early_sums(graph, layout).items():
+            self.meeting[tensor] = total.summed
         self.entries: list[tuple[int, int, int, int, int, int]] = []
 
     def allocations(self) -> _Allocations:
