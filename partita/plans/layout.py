@@ -576,10 +576,9 @@ def _gathered_again(graph: OperatorGraph, read: Read) -> list[Read]:
 
 
 COMBINED_BYTES = 30 << 20
-"""Bytes of gathers or sums that wait together, at least. XLA:GPU combines smaller ones."""
-import os
-
-SUMMED_GATHERS = int(os.environ.get("LAG", "4"))
+"""Bytes of a combined collective of XLA for accelerators (xla/service/collective_utils.h): gathers
+or sums that wait together have as many, at least."""
+SUMMED_GATHERS = 4
 """Times of gathers between a gradient and the gather that waits for its slice."""
 
 
@@ -616,17 +615,21 @@ def _summed_early(graph: OperatorGraph, reads: list[Read], updating: Set[Read]) 
     backward = first_backward(graph)
     gathers = {producer[read.after]: read.after for read in reads if read.after >= 0}
     times = sorted((time, gather) for time, gather in gathers.items() if time >= backward)
+    if not times:
+        return reads
     before: dict[Read, int] = {}
     waiting: list[Read] = []
+    nbytes = 0
     slices = [read for read in reads if read in updating and read.tensor in producer]
     for read in sorted(slices, key=lambda read: producer[read.tensor]):
         waiting.append(read)
-        if sum(graph.tensors[read.tensor].nbytes for read in waiting) < COMBINED_BYTES:
+        nbytes += graph.tensors[read.tensor].nbytes
+        if nbytes < COMBINED_BYTES:
             continue
         number = bisect_left(times, (producer[read.tensor], 0)) + SUMMED_GATHERS
         if number < len(times):
             before.update(dict.fromkeys(waiting, times[number][1]))
-        waiting = []
+        waiting, nbytes = [], 0
     return [replace(read, before=before.get(read, -1)) for read in reads]
 
 
