@@ -18,7 +18,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -401,7 +401,7 @@ class _Allocator:
         """Bytes of the compiled program itself, with the collectives that no gradients share."""
         graph = self.graph
         fused = fused_under(graph, self.layout, self.compiler.fusion_rules)
-        tables = self._tables()
+        tables = self._tables
         kernels = []
         for root, read in kernel_reads(graph, fused).items():
             instruction = graph.instructions[root]
@@ -455,6 +455,7 @@ class _Allocator:
         i, position = reader
         return position == 0 and self.graph.instructions[i].name in ADDRESSING
 
+    @cached_property
     def _tables(self) -> dict[int, TableAccess]:
         """Gather or scatter of rows of a table -> its local sizes."""
         tables = {}
@@ -750,7 +751,7 @@ class _Allocator:
         variables in the same order. A gather then reads the copy that the update reads.
         """
         summed = {total.tensor for total in self.sums}
-        tables = self._tables()
+        tables = self._tables
         updates: dict[int, int] = {}
         """Variable that is copied for its update -> the start of the update."""
         for i, table in tables.items():
