@@ -43,7 +43,7 @@ from partita.machine import Machine
 from partita.plans.baselines import baselines_of
 from partita.plans.layout import is_accelerated, layout_of
 from partita.plans.pipeline import is_one_program, is_placed
-from partita.plans.plan import Mesh, Plan, mesh_for
+from partita.plans.plan import Mesh, Plan, is_gpu, mesh_for
 from partita.search.base import Progress, Report, SearchResult
 from partita.search.baselines import HOPELESS, Baselines, peak_bytes
 from partita.search.bound import lower_bound_seconds
@@ -342,8 +342,8 @@ def _can_offload(request: _Request) -> bool:
     XLA:GPU reads them from there; XLA:TPU copies all of them to the device before the update.
     """
     machine = request.machine
-    is_gpu = request.graph.target.partition(":")[0] == "cuda"
-    return is_gpu and machine.host_memory is not None and not machine.kinds
+    has_memory = machine.host_memory is not None and not machine.kinds
+    return has_memory and is_gpu(request.graph.target)
 
 
 def _baselines(request: _Request, terms: Terms | None = None, offload: bool = False) -> Baselines:

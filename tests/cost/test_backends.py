@@ -223,7 +223,6 @@ def test_copies_of_tables_take_the_memory_that_libtpu_allocates(columns, slots, 
     [
         (512, 128, 1024, 3373),
         (4096, 128, 8, 1202),
-        (4096, 128, 8, 1202),
         (4096, 128, 512, 4230),
         (4096, 64, 64, 1542),
         (4096, 512, 256, 7283),

@@ -8,9 +8,7 @@ from partita.cost.backends.base import Buffers, Compiler
 from partita.cost.sums import LaidOutProgram, Sum, fold, join_additions, leave_loops, scatter
 from partita.graph.flat import Reader, readers_of
 from partita.graph.operator_graph import ITEMSIZE, Instruction, OperatorGraph
-
-COMBINED_BYTES = 30 << 20
-"""Bytes of a combined collective (xla/service/collective_utils.h)."""
+from partita.plans.layout import COMBINED_BYTES
 
 
 class XlaAccelerator(Compiler):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 
-from partita.cost.backends.accelerator import COMBINED_BYTES, XlaAccelerator
+from partita.cost.backends.accelerator import XlaAccelerator
 from partita.cost.backends.base import Buffers, FusionRules, ProductShape
+from partita.plans.layout import COMBINED_BYTES
 
 WORK_SPACE_BYTES = 4 << 20
 HOPPER_WORK_SPACE_BYTES = 32 << 20
