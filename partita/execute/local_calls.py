@@ -1,9 +1,12 @@
 """Split kernels of libraries, written as calls on the parts of one device.
 
-XLA's partitioner cannot split a custom call: it would gather the operands. So a split call becomes
-a `sdy.manual_computation`, in which each device calls the kernel on its samples and heads.
-Results that sum over a split factor (the gradient of a bias, of a recurrent layer's weights) are
-all-reduced inside.
+XLA's partitioner cannot split a custom call or a Fourier transform: it would gather the operands.
+So a split call becomes a `sdy.manual_computation`, in which each device calls the kernel on its
+samples and heads. Results that sum over a split factor (the gradient of a bias, of a recurrent
+layer's weights) are all-reduced inside.
+
+XLA:CPU runs Fourier transforms of row-major operands only, but gathers into other layouts (jaxlib
+0.10.2). So the layout of their operands is fixed.
 """
 
 from __future__ import annotations
@@ -25,6 +28,11 @@ from partita.graph.operator_graph import DimFactors, OperatorGraph, Rule
 from partita.plans.layout import Layout, Sharding
 from partita.plans.plan import Mesh
 
+FOURIER = "fft"
+LOCAL_CALLS = {*LIBRARY_CALLS, FOURIER}
+ROW_MAJOR = "LayoutConstraint"
+"""XLA's custom call that fixes the layout of a value."""
+
 Axes = tuple[int, ...]
 FactorAxes = Mapping[int, Axes]
 """Factor of a rule -> the mesh axes that split it."""
@@ -40,12 +48,14 @@ def write_local_calls(
     """Replaces the split kernels among operations, by instruction, by calls on local parts."""
     for number, operation in operations.items():
         instruction = graph.instructions[number]
-        if instruction.name not in LIBRARY_CALLS or instruction.rule is None:
+        if instruction.name not in LOCAL_CALLS or instruction.rule is None:
             continue
         axes = _factor_axes(graph, number, layout)
         if any(axes.values()):
             writer = _LocalCall(operation, instruction.rule, axes, mesh, mesh_name)
             writer.write(instruction.name)
+        elif instruction.name == FOURIER:
+            _read_row_major(operation)
 
 
 def _factor_axes(graph: OperatorGraph, number: int, layout: Layout) -> FactorAxes:
@@ -119,17 +129,21 @@ class _LocalCall:
         """The kernel on local operands."""
         attributes = dict(self.call.attributes.items())
         attributes.pop("sdy.sharding", None)
-        attributes["backend_config"] = self._local_config(name)
+        if name in LIBRARY_CALLS:
+            attributes["backend_config"] = self._local_config(name)
         types = [
             self._local_type(value.type, dims)
             for value, dims in zip(self.call.results, self.rule.results, strict=True)
         ]
-        return ir.Operation.create(
+        local = ir.Operation.create(
             self.call.name,
             results=types,
             operands=arguments,
             attributes=attributes,
         )
+        if name == FOURIER:
+            _read_row_major(local)
+        return local
 
     def _local_config(self, name: str) -> ir.Attribute:
         """The configuration of the kernel for the local sizes."""
@@ -217,6 +231,26 @@ def _replica_groups(mesh: Mesh, axes: set[int]) -> np.ndarray:
     moved = devices.transpose([*kept, *sorted(axes)])
     count = math.prod(mesh.sizes[axis] for axis in axes)
     return np.ascontiguousarray(moved.reshape(-1, count), dtype=np.int64)
+
+
+def _read_row_major(operation: Any) -> None:
+    """Makes an operation read its operand in row-major layout."""
+    operand = operation.operands[0]
+    dims = np.arange(len(operand.type.shape), dtype=np.int64)[::-1]
+    layout = ir.DenseElementsAttr.get(np.ascontiguousarray(dims), type=ir.IndexType.get())
+    ordered = ir.Operation.create(
+        "stablehlo.custom_call",
+        results=[operand.type],
+        operands=[operand],
+        attributes={
+            "call_target_name": ir.StringAttr.get(ROW_MAJOR),
+            "operand_layouts": ir.ArrayAttr.get([layout]),
+            "result_layouts": ir.ArrayAttr.get([layout]),
+        },
+        loc=operation.location,
+        ip=ir.InsertionPoint(operation),
+    )
+    operation.operands[0] = ordered.results[0]
 
 
 def _attention_config(call: Any, ways: Any) -> ir.Attribute:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from partita.errors import LostProcessError
+from partita.errors import CompilerError, LostProcessError
 from partita.execute import members
 from partita.execute.devices import detect
 from partita.execute.process_arrays import is_local, is_of_group, put, replicated, whole
@@ -50,10 +50,22 @@ def settled(values: Any) -> Any:
     A CPU device is a thread of one pool. Programs with collectives that overlap take all threads
     and wait for each other until XLA ends the process (observed with jax 0.10.2 within 100 steps,
     with `keras.distribution` too).
+
+    Raises:
+        CompilerError: XLA:CPU gathered the operand of a Fourier transform into a layout that it
+            does not transform (jaxlib 0.10.2). Programs of a plan avoid it.
     """
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() != "cpu":
+        return values
+    try:
         return jax.block_until_ready(values)
-    return values
+    except jax.errors.JaxRuntimeError as error:
+        if "fft_thunk" not in str(error):
+            raise
+        raise CompilerError(
+            "XLA:CPU cannot transform split values outside a training step (FFT). Give the weights "
+            "to a model on one device: set_weights(model.get_weights()) or load_state_dict."
+        ) from error
 
 
 def ignore_state(state: Any) -> None:

@@ -75,6 +75,16 @@ def _x_log_y(x: jax.Array, y: Any) -> jax.Array:
     return jnp.where(is_nothing & (y <= 0), 0, x * jnp.log(jnp.where(is_nothing & (y <= 0), 1, y)))
 
 
+def _x_log1p_y(x: jax.Array, y: Any) -> jax.Array:
+    is_nothing = (x == 0) & (y <= -1)
+    return jnp.where(is_nothing, 0, x * jnp.log1p(jnp.where(is_nothing, 0, y)))
+
+
+def _with_sign(x: jax.Array, y: Any) -> jax.Array:
+    """`copysign`, with no gradient at 0."""
+    return jnp.where(x == 0, jnp.copysign(jax.lax.stop_gradient(x), y), jnp.copysign(x, y))
+
+
 def _dims(dim: Any) -> tuple[int, ...] | None:
     """Dims for JAX; None for all."""
     return None if dim is None or dim == [] else tuple(np.atleast_1d(dim).tolist())
@@ -112,6 +122,8 @@ DERIVATIVES: dict[str, Callable[..., Any]] = {
     "fmin": _smaller,
     "atan2": _angle_of,
     "xlogy": _x_log_y,
+    "special_xlog1py": _x_log1p_y,
+    "copysign": _with_sign,
     "sinc": jnp.sinc,
     "std": _deviation,
     "std_mean": _deviation_and_mean,

@@ -15,6 +15,7 @@ from partita import api
 from partita.errors import CaptureError
 from partita.execute.process_arrays import whole
 from partita.execute.processes import alone
+from partita.execute.steps import settled
 from partita.machine import Machine
 from partita.plans.plan import Plan
 from partita.torch.environment import environment
@@ -222,12 +223,14 @@ class TrainingStep:
         settings = self._settings.key()
         try:
             with leaks_explained(self.name):
-                outputs = self._outputs(
-                    self.state.params,
-                    self.state.buffers,
-                    self.state.key,
-                    as_batch(inputs),
-                    settings,
+                outputs = settled(
+                    self._outputs(
+                        self.state.params,
+                        self.state.buffers,
+                        self.state.key,
+                        as_batch(inputs),
+                        settings,
+                    )
                 )
             self._settings.keep_changed(settings)
         finally:

@@ -331,6 +331,8 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "deviation of equals": lambda p: (p * torch.tensor([[1.0], [0.0], [2.0]])).std(1),
     "powers of zero": lambda p: (p - p.detach()) ** 0 + torch.xlogy(p - p.detach(), 0 * p.detach()),
     "origin": lambda p: torch.atan2(p - p.detach(), p - p.detach()) + torch.sinc(p - p.detach()),
+    "powers of minus one": lambda p: torch.special.xlog1py(p - p.detach(), 0 * p.detach() - 1) + p,
+    "sign of zeros": lambda p: torch.copysign(p - p.detach(), p.detach()) + torch.copysign(p, -p),
     "first of equals": lambda p: torch.stack([p, p.detach()]).max(0).values + p.min(-1, True)[0],
     "last of equals": lambda p: torch.stack([p, p.detach(), p - 9]).cummax(0)[0].sum(0),
     "odd spectrum": lambda p: torch.fft.irfft2(torch.fft.rfft2(p[:, :7]), s=(3, 7)),
