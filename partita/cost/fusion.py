@@ -175,6 +175,8 @@ class _Fuser:
         self.readers = self._readers()
         self.nbytes: list[int] = []
         """Per instruction, bytes of its results."""
+        self.elements: list[int] = []
+        """Per instruction, elements of its results."""
         self.rank: list[int] = []
         """Per instruction, the largest rank of its results."""
         self.expensive: list[bool] = []
@@ -182,6 +184,7 @@ class _Fuser:
             results = [graph.tensors[tensor] for tensor in instruction.results]
             rank = max((len(tensor.shape) for tensor in results), default=0)
             self.nbytes.append(sum(tensor.nbytes for tensor in results))
+            self.elements.append(sum(tensor.size for tensor in results))
             self.rank.append(rank)
             self.expensive.append(instruction.name in expensive and rank > 0)
         self.fusible = [self._is_fusible(x) for x in graph.instructions]
@@ -247,6 +250,8 @@ class _Fuser:
             # Reductions over the major dims have a kernel of their own.
             return _sums_rows(instruction)
         if instruction.name == "concatenate":
+            if self.rules.joins_by_maximum:
+                return True
             # Joined along the minor dim, every element would ask which operand it is from.
             if self.rules.reads_written and instruction.phase == "update":
                 # The gradients of a weight's slices: seen in Adam's kernels (XLA:GPU).
@@ -351,6 +356,8 @@ class _Fuser:
         single: set[int] = set()
         if self.rules.reads_written:
             single = self._written_for_a_reader() | self._gathered() | self._long_chains()
+        if self.rules.writes_after_products:
+            single |= self._after_products()
         for producer, readers in enumerate(self.readers):
             if len(readers) <= 1 or not self.fusible[producer] or not self._gathers(producer):
                 continue
@@ -400,6 +407,31 @@ class _Fuser:
         is_sum = instruction.name == "add" and instruction.phase == "forward"
         dtype = self.graph.tensors[instruction.results[0]].dtype
         return self.rules.writes_sums and is_sum and "float" in dtype
+
+    def _after_products(self) -> set[int]:
+        """Elementwise instructions with several readers that alone read the result of a product.
+
+        They may be the last of a chain. The product computes them.
+        """
+        in_product: set[int] = set()
+        """Products, and instructions that one computes."""
+        last = set()
+        for i, sources in enumerate(self.producers):
+            if self._name(i) in PRODUCTS:
+                in_product.add(i)
+            elif self.fusible[i] and any(self._continues(s, i, in_product) for s in sources):
+                in_product.add(i)
+                if len(self.readers[i]) > 1:
+                    last.add(i)
+        return last
+
+    def _continues(self, source: int, reader: int, in_product: Set[int]) -> bool:
+        """Whether a product computes an instruction behind `source`, which nothing else reads."""
+        return (
+            source in in_product
+            and len(self.readers[source]) == 1
+            and self.elements[source] == self.elements[reader]
+        )
 
     def _gathered(self) -> set[int]:
         """Producers with several readers that are gathers, or computed from one that only they
@@ -661,6 +693,35 @@ def _kernel_reads(
     graph: IdentityKey[OperatorGraph], fused: IdentityKey[Fusion]
 ) -> dict[int, dict[int, list[Reader]]]:
     return {root: reads(graph.value, kernel) for root, kernel in fused.value.kernels.items()}
+
+
+def unwritten_products(graph: OperatorGraph, fused: Fusion) -> frozenset[int]:
+    """Results of products that one elementwise kernel reads, which the product computes as well."""
+    return _unwritten_products(IdentityKey(graph), IdentityKey(fused))
+
+
+@lru_cache(maxsize=2)
+def _unwritten_products(
+    graph_key: IdentityKey[OperatorGraph], fused_key: IdentityKey[Fusion]
+) -> frozenset[int]:
+    graph, fused = graph_key.value, fused_key.value
+    readers: dict[int, list[int]] = defaultdict(list)
+    for root, tensors in kernel_reads(graph, fused).items():
+        for tensor in tensors:
+            readers[tensor].append(root)
+    producer = producers(graph)
+    results = set()
+    for tensor, roots in readers.items():
+        source = producer.get(tensor, -1)
+        if source < 0 or graph.instructions[source].name not in PRODUCTS or len(roots) > 1:
+            continue
+        names = {graph.instructions[i].name for i in fused.kernels[roots[0]]}
+        written = graph.instructions[roots[0]].results[0]
+        is_whole = graph.tensors[written].size == graph.tensors[tensor].size
+        if is_whole and names.isdisjoint(ALONE):
+            results.add(tensor)
+    carried = {tensor for loop in graph.loops for tensors in loop.carried for tensor in tensors}
+    return frozenset(results) - carried - {*graph.outputs}
 
 
 def reads(graph: OperatorGraph, kernel: Sequence[int]) -> dict[int, list[Reader]]:

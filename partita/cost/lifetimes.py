@@ -20,7 +20,13 @@ from partita.cost.delayed import (
     joined_repetitions,
     sums_over_devices,
 )
-from partita.cost.fusion import Fusion, fused_under, kernel_reads
+from partita.cost.fusion import (
+    Fusion,
+    collective_borders,
+    fused_under,
+    kernel_reads,
+    unwritten_products,
+)
 from partita.cost.joined import MOVING, joined_ends
 from partita.cost.partial import (
     Factors,
@@ -197,7 +203,8 @@ class Lifetimes:
     last_kernel: tuple[int, ...]
     """Per instruction, the root of the last kernel that computes it."""
     replaced: frozenset[int] = frozenset()
-    """Tensors whose memory the result of their last reader takes."""
+    """Tensors whose memory the result of their last reader takes, or in whose place a product
+    writes it."""
 
 
 @lru_cache(maxsize=4)
@@ -248,6 +255,8 @@ def lifetimes_under(
     replaced: frozenset[int] = frozenset()
     if compiler_of(backend).buffers.replaced_operands:
         replaced = _replaced_operands(graph, layout, fused, born, dies, runs_at)
+    if compiler_of(backend).fusion_rules.writes_after_products:
+        replaced = _computed_in_products(graph, layout, fused)
     last_kernel = [roots[-1] if roots else i for i, roots in enumerate(fused.computed_in)]
     for root, delay in delayed.items():
         for i in fused.kernels[root]:
@@ -284,6 +293,14 @@ def _replaced_operands(
                 replaced.add(tensor)
                 break
     return frozenset(replaced)
+
+
+def _computed_in_products(graph: OperatorGraph, layout: Layout, fused: Fusion) -> frozenset[int]:
+    """Results of products that only their products read, not summed or moved between devices."""
+    barriers, ends = collective_borders(graph, layout)
+    moved = {graph.instructions[reader].operands[position] for reader, position in barriers}
+    moved.update(tensor for i in ends for tensor in graph.instructions[i].results)
+    return unwritten_products(graph, fused) - moved
 
 
 def _are_alike(graph: OperatorGraph, layout: Layout, tensor: int, other: int) -> bool:

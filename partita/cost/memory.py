@@ -407,6 +407,8 @@ class _Allocator:
             instruction = graph.instructions[root]
             if root in tables and tables[root].is_written:
                 continue
+            if not self.lifetimes.replaced.isdisjoint(read):
+                continue
             read_values = [
                 (tensor, self.targets.get(readers[0]))
                 for tensor, readers in read.items()

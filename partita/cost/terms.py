@@ -21,7 +21,14 @@ from hashlib import sha256
 
 from partita.cost.backends import compiler_of
 from partita.cost.collectives import DEFAULT, Exchange, new_exchanges
-from partita.cost.fusion import EXPENSIVE, FREE, Fusion, fusion, kernel_reads
+from partita.cost.fusion import (
+    EXPENSIVE,
+    FREE,
+    Fusion,
+    fusion,
+    kernel_reads,
+    unwritten_products,
+)
 from partita.cost.joined import NONE_JOINED, joined_kernels
 from partita.cost.operator_terms import Halo, Move, OperatorTerms, Reduction, StoredVariable, Work
 from partita.cost.partial import (
@@ -142,7 +149,12 @@ class _Collector:
         self.compiler = compiler_of(backend)
         self.fills_gradients = self.compiler.buffers.filled_gradients
         self.terms = Terms([OperatorTerms() for _ in graph.operators], [])
-        self.fused = fusion(graph, self.compiler.fusion_rules)
+        rules = self.compiler.fusion_rules
+        self.fused = fusion(graph, rules)
+        self.unwritten: frozenset[int] = frozenset()
+        """Results of products whose readers these compute."""
+        if rules.writes_after_products:
+            self.unwritten = unwritten_products(graph, self.fused)
         self.constants = constant_tensors(graph)
         self.read = {t for instruction in graph.instructions for t in instruction.operands}
         self.variables = {a.tensor for a in graph.arguments if a.role != "batch"}
@@ -181,7 +193,7 @@ class _Collector:
             outside = {
                 tensor: readers
                 for tensor, readers in kernel_reads(self.graph, self.fused)[root].items()
-                if (root, tensor) not in joined.saved
+                if (root, tensor) not in joined.saved and tensor not in self.unwritten
             }
             for operator, members in self._members_by_operator(root, kernel).items():
                 is_part = root in joined.parts or root not in members
@@ -300,7 +312,7 @@ class _Collector:
     def _written(self, instruction: Instruction) -> list[int]:
         """The results of a kernel without scratch memory, which nothing reads."""
         if len(instruction.results) == 1:
-            return list(instruction.results)
+            return [tensor for tensor in instruction.results if tensor not in self.unwritten]
         return [tensor for tensor in instruction.results if tensor in self.read]
 
     def _bytes_read(self, instruction: Instruction, operand: int) -> int:

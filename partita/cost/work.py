@@ -12,9 +12,19 @@ from dataclasses import dataclass
 from partita.cost.backends import compiler_of
 from partita.cost.collectives import DEFAULT, Collective, Reach, collectives, reaches
 from partita.cost.fusion import fused_under
-from partita.cost.partial import Factors, operand_labels
+from partita.cost.partial import Factors, operand_labels, reduced_factors
+from partita.cost.pieces import piece_ratios
 from partita.graph.flat import dilates_operand, transposes
-from partita.graph.operator_graph import Instruction, Label, OperatorGraph, Window, per_graph
+from partita.graph.operator_graph import (
+    Count,
+    Instruction,
+    Label,
+    OperatorGraph,
+    Window,
+    constant_tensors,
+    per_graph,
+    producers,
+)
 from partita.machine import Backend
 from partita.plans.layout import Layout, Sharding
 from partita.plans.plan import Mesh
@@ -40,16 +50,25 @@ def local_flops(
     compiler = compiler_of(backend)
     fused = fused_under(graph, layout, compiler.fusion_rules)
     shards = _Shards(mesh, layout)
+    of_pieces = piece_ratios(graph, mesh, layout, compiler)
     for computation in _computations(graph):
         instruction = graph.instructions[computation.instruction]
         operator = graph.owner[computation.instruction]
         kernels = max(1, len(fused.computed_in[computation.instruction]))
         trips = 1 if loops_once else instruction.trips
-        flops = instruction.flops * kernels * trips
+        flops = instruction.flops * kernels * trips * of_pieces.get(computation.instruction, 1.0)
+        result_size = graph.tensors[instruction.results[0]].size
+        if instruction.name == "concatenate" and compiler.fusion_rules.joins_by_maximum:
+            maxima = len(instruction.operands) - 1
+            flops = maxima * result_size * kernels * trips
         if operator < 0:
             total += flops
             continue
         assignment = layout.assignments[operator]
+        results = tuple(layout.shardings[tensor] for tensor in instruction.results)
+        if any(assignment.get(factor) for factor in computation.table_rows):
+            # Devices read rows that they do not have, and then select zeros instead.
+            total += result_size * kernels * trips / shards.of_sharding(results[0])
         if instruction.windows:
             split = [
                 (reach.window, math.prod(mesh.sizes[axis] for axis in assignment[reach.factor]))
@@ -57,7 +76,6 @@ def local_flops(
                 if assignment.get(reach.factor)
             ]
             flops *= _window_ratio(instruction, split, compiler.buffers.filled_gradients)
-        results = tuple(layout.shardings[tensor] for tensor in instruction.results)
         if backend.dense_grouped_gradients and instruction.batch_groups > 1:
             split = math.prod(
                 mesh.sizes[axis]
@@ -67,10 +85,17 @@ def local_flops(
             groups = instruction.batch_groups / split
             # Of the pairs of groups, those of a group with itself are then selected (a comparison,
             # a selection) and summed up.
-            result_size = graph.tensors[instruction.results[0]].size
             total += 3 * groups * result_size / shards.of_sharding(results[0])
             flops *= groups
+        if instruction.name == "scatter":
+            # Each device adds all rows that it reads, those that it does not have as well.
+            results = ()
         total += flops / shards.of_computation(operator, computation.factors, results)
+    if compiler.buffers.selected_starts:
+        for start in _constant_starts(graph):
+            trips = 1 if loops_once else start.trips
+            selected = graph.tensors[start.tensor].size * trips
+            total += selected / shards.of_sharding(layout.shardings[start.tensor])
     for collective in traffic:
         if collective.kind == "all_reduce":
             trips = 1 if loops_once else collective.trips
@@ -171,37 +196,67 @@ class _Shards:
 
 @dataclass(frozen=True, slots=True)
 class _Computation:
-    """An instruction that takes FLOPs."""
+    """An instruction that takes FLOPs, on some compilers or in some plans."""
 
     instruction: int
     factors: frozenset[int]
-    """Of its operands and results."""
+    """Of its operands and results, those of the added rows for a scatter."""
     reaches: tuple[Reach, ...]
     """Windows of a convolution."""
     group_factors: Factors
     """Factors over the groups of a grouped convolution."""
+    table_rows: Factors
+    """Factors over the rows of the table of a gather."""
 
 
 @per_graph
 def _computations(graph: OperatorGraph) -> tuple[_Computation, ...]:
-    """The instructions that take FLOPs."""
+    """The instructions that may take FLOPs."""
     result = []
     for i, instruction in enumerate(graph.instructions):
-        if not instruction.flops:
+        if not instruction.flops and instruction.name not in ("gather", "concatenate"):
             continue
         labels = [
             *operand_labels(graph, i),
             *(graph.labels[tensor] for tensor in instruction.results),
         ]
-        factors = frozenset(factor for label in labels for factor in label if factor >= 0)
+        counted = labels[2:3] if instruction.name == "scatter" else labels
+        factors = frozenset(factor for label in counted for factor in label if factor >= 0)
         windows: tuple[Reach, ...] = ()
         if instruction.name == "convolution":
             windows = reaches(instruction, labels, graph.labels[instruction.results[0]])
         groups: Factors = ()
         if instruction.batch_groups > 1:
             groups = group_factors(labels)
-        result.append(_Computation(i, factors, windows, groups))
+        table_rows: Factors = ()
+        if instruction.name == "gather":
+            table_rows = reduced_factors(instruction, labels)
+        result.append(_Computation(i, factors, windows, groups, table_rows))
     return tuple(result)
+
+
+@dataclass(frozen=True, slots=True)
+class _ConstantStart:
+    """A value that a loop carries, and that starts as a constant."""
+
+    tensor: int
+    trips: Count
+
+
+@per_graph
+def _constant_starts(graph: OperatorGraph) -> tuple[_ConstantStart, ...]:
+    """Those of sums, not of results that each trip writes a slice of."""
+    producer = producers(graph)
+    starts = []
+    for loop in graph.loops:
+        for before, inside, yielded, _ in loop.carried:
+            is_constant = before in constant_tensors(graph) and graph.tensors[before].shape
+            if not is_constant or yielded == inside:
+                continue
+            source = producer.get(yielded)
+            if source is None or graph.instructions[source].name != "dynamic_update_slice":
+                starts.append(_ConstantStart(inside, loop.trips))
+    return tuple(starts)
 
 
 def group_factors(labels: Sequence[Label]) -> Factors:

@@ -16,11 +16,12 @@ from partita.cost.backends import compiler_of
 from partita.cost.backends.base import Kernel, ProductShape, TableAccess
 from partita.cost.collectives import collectives
 from partita.cost.memory import memory
+from partita.cost.pieces import piece_ratios
 from partita.cost.predict import predict
 from partita.cost.terms import cost_terms
 from partita.cost.work import local_flops
 from partita.graph.images import TiledDims
-from partita.graph.operator_graph import OperatorGraph
+from partita.graph.operator_graph import OperatorGraph, Window
 from partita.machine import Backend, load
 from partita.plans.baselines import BASELINES
 from partita.plans.layout import layout_of
@@ -253,6 +254,99 @@ def test_a_tpu_divides_images_of_few_samples():
     whole = tpu.program_bytes([Kernel(8 << 10, 9)], {})
     copies = tpu.program_bytes([Kernel(8 << 10, 9, is_divided=True)], {}) - whole
     assert copies == 2 * tpu.program_bytes([Kernel(8 << 10)], {}) - 2 * tpu.program_bytes([], {})
+
+
+@pytest.mark.parametrize(
+    ("window", "columns", "piece"),
+    [
+        (Window(64, 64, 1, 1, 3, 1), None, 9),
+        (Window(64, 64, 1, 0, 1, 1), None, 8),
+        (Window(32, 32, 1, 1, 3, 1), None, 5),
+        (Window(64, 32, 2, 0, 3, 1), None, 5),
+        (Window(32, 32, 1, 1, 3, 1), 5, 5),
+        (Window(64, 32, 2, 0, 3, 1), 9, 4),
+        (Window(32, 32, 1, 1, 3, 1), 4, 4),
+        (Window(32, 64, 1, 2, 3, 2), None, 10),
+        (Window(32, 64, 1, 2, 3, 2), 5, 8),
+        (Window(16, 32, 1, 2, 3, 2), None, None),
+        (Window(8, 8, 1, 1, 3, 1), None, None),
+    ],
+)
+def test_a_piece_of_an_image_has_the_columns_of_libtpu(window, columns, piece):
+    # Convolutions of a U-Net, and of two layers of one width, compiled by libtpu 0.0.42.1.
+    assert compiler_of(load("tpu-v5e:4").backend).piece_columns(window, columns) == piece
+
+
+def test_convolutions_over_pieces_take_the_flops_of_libtpu():
+    """Two convolutions of 3 x 3 over two images of 32 x 32 and 64 channels, with their gradients:
+    libtpu 0.0.42.1 computes each over eight pieces of five columns. Padding counts in these columns
+    alone, so 32 rows meet 94 of their own."""
+
+    def convolved(image, kernel):
+        labels = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=labels)
+
+    def step(first, second, image):
+        def loss(first, second):
+            hidden = jax.nn.relu(convolved(image, first))
+            return (jax.nn.relu(convolved(hidden, second)) ** 2).sum()
+
+        gradients = jax.grad(loss, (0, 1))(first, second)
+        return first - gradients[0], second - gradients[1]
+
+    kernel = jax.ShapeDtypeStruct((3, 3, 64, 64), "float32")
+    image = jax.ShapeDtypeStruct((2, 32, 32, 64), "float32")
+    graph = capture_program(step, args=(kernel, kernel, image), target="tpu").graph
+    tpu = load("tpu-v5e:4")
+    plan = BASELINES["one device"](graph, tpu.name, mesh_of(tpu))
+    ratios = piece_ratios(graph, plan.mesh, layout_of(graph, plan), compiler_of(tpu.backend))
+    flops = [graph.instructions[i].flops * ratio for i, ratio in ratios.items()]
+    assert flops == pytest.approx([2 * 2 * 94 * 8 * 5 * 3 * 64 * 64] * 5)
+    assert not piece_ratios(graph, plan.mesh, layout_of(graph, plan), compiler_of(GPU.backend))
+
+
+def test_devices_select_and_add_rows_of_a_split_table_for_all_samples():
+    """Sixteen samples of eight tokens: each device selects between the rows that it has and zeros,
+    and adds all rows of the gradient, not a quarter of them."""
+    tokens = keras.Input((8,), dtype="int32")
+    x = keras.layers.GlobalMaxPooling1D()(keras.layers.Embedding(4096, 64)(tokens))
+    model = keras.Model(tokens, keras.layers.Dense(4)(x))
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 16, target=GPU.target).graph
+    plan = BASELINES["tensor parallel"](graph, GPU.name, mesh_of(GPU))
+    layout = layout_of(graph, plan)
+
+    def flops(name, **changes):
+        """Those with a changed instruction, without collectives."""
+        instructions = [replace(x, **changes) if x.name == name else x for x in graph.instructions]
+        changed = replace(graph, instructions=tuple(instructions))
+        return local_flops(changed, plan.mesh, layout, GPU.backend, traffic=())
+
+    unchanged = flops("gather")
+    assert unchanged - flops("scatter", flops=0) == 16 * 8 * 64
+    # Without a split of its rows, the gather also runs in fewer kernels.
+    assert unchanged - flops("gather", rule=None) == pytest.approx(16 * 8 * 64, rel=0.06)
+
+
+def test_a_loop_of_a_tpu_selects_constant_starts():
+    def step(w, x):
+        def loss(w):
+            return jax.lax.scan(lambda sum, row: (sum + row * w, ()), jnp.zeros(64), x)[0].sum()
+
+        return w - jax.grad(loss)(w)
+
+    shapes = ((64,), (16, 64))
+    args = [jax.ShapeDtypeStruct(shape, "float32") for shape in shapes]
+    graph = capture_program(step, args=tuple(args), target="tpu").graph
+    tpu = load("tpu-v5e:4")
+    plan = BASELINES["one device"](graph, tpu.name, mesh_of(tpu))
+    backend = tpu.backend
+    flops = local_flops(graph, plan.mesh, layout_of(graph, plan), backend)
+    others = local_flops(replace(graph, loops=()), plan.mesh, layout_of(graph, plan), backend)
+    # The sum of the forward pass is not computed: its gradient does not need it.
+    loops = len(graph.loops)
+    assert loops
+    assert flops - others == pytest.approx(16 * 64 * loops)
 
 
 def test_copies_of_a_state_to_a_chip_have_tables():

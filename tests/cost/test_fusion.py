@@ -1,12 +1,14 @@
 """Kernels of programs as deep as the largest networks."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
 from partita.capture.program import capture_program
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import FusionRules
-from partita.cost.fusion import fusion
+from partita.cost.fusion import fusion, unwritten_products
 from partita.machine import load
 
 
@@ -197,3 +199,38 @@ def test_residual_sums_may_be_written_for_products_that_could_compute_them():
 
     assert not is_written(False)
     assert is_written(True)
+
+
+def test_a_product_writes_what_several_kernels_read_of_its_result():
+    """The backward pass of dropout: the masked gradient is read by a sum and by two products."""
+
+    def step(w, x, bits):
+        masked = jnp.where(bits > 1, x @ w, 0.0)
+        return w - (masked @ x), masked.max(1), masked.T @ x
+
+    shape = (64, 64)
+    args = [jax.ShapeDtypeStruct(shape, "float32")] * 2 + [jax.ShapeDtypeStruct(shape, "uint32")]
+    graph = capture_program(step, args=tuple(args)).graph
+    select = next(i for i, x in enumerate(graph.instructions) if x.name == "select")
+    product = next(x.results[0] for x in graph.instructions if x.name == "dot_general")
+    rules = compiler_of(load("tpu-v5e:4").backend).fusion_rules
+
+    def kernels(rules):
+        return fusion(graph, rules).computed_in[select]
+
+    assert len(kernels(rules)) == 1
+    assert len(kernels(replace(rules, writes_after_products=False))) == 3
+    assert product in unwritten_products(graph, fusion(graph, rules))
+
+
+def test_readers_compute_the_concatenation_of_a_tpu():
+    def step(w, x):
+        joined = jnp.concatenate([x, w], axis=1)
+        return w - joined[:, :64], joined @ joined.T
+
+    args = (jax.ShapeDtypeStruct((64, 64), "float32"), jax.ShapeDtypeStruct((64, 64), "float32"))
+    graph = capture_program(step, args=args).graph
+    root = next(i for i, x in enumerate(graph.instructions) if x.name == "concatenate")
+    for name, is_fused in (("tpu-v5e:4", True), ("h100:4", False)):
+        kernels = fusion(graph, compiler_of(load(name).backend).fusion_rules).kernels
+        assert (root not in kernels) == is_fused

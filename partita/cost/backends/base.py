@@ -13,7 +13,7 @@ import numpy as np
 from partita.cost.sums import LaidOutProgram, Sum
 from partita.graph.flat import Reader
 from partita.graph.images import TiledDims
-from partita.graph.operator_graph import ITEMSIZE, Instruction, OperatorGraph
+from partita.graph.operator_graph import ITEMSIZE, Instruction, OperatorGraph, Window
 from partita.machine import Backend
 
 
@@ -40,6 +40,11 @@ class FusionRules:
     writes_sums: bool = False
     """A sum of two floating-point tensors of the forward pass that several kernels read is written,
     as a residual sum."""
+    writes_after_products: bool = False
+    """A product computes the elementwise instructions that alone read its result, and writes what
+    several kernels read of them."""
+    joins_by_maximum: bool = False
+    """A concatenation is the maximum of its padded operands, which its readers compute."""
     reads_reversed: bool = False
     """A convolution without groups reads a reversed kernel as it is, so no copy is written."""
     merges_products: bool = False
@@ -80,6 +85,9 @@ class Buffers:
     from the first convolution to the last."""
     stored_program: bool = False
     """The program itself is in main memory, beside its values."""
+    selected_starts: bool = False
+    """A loop selects, in each of its trips, between a value that it carries and the constant with
+    which that starts. If False: the constant is written before the loop."""
     filled_gradients: bool = False
     """The weight gradient of a convolution over a dilated operand is a dense convolution: its
     window is the operand with zeros in its holes, and the other operand has a copy."""
@@ -240,6 +248,19 @@ class Compiler(ABC):
     def image_pieces(self, shape: tuple[int, ...], dims: TiledDims) -> tuple[int, ...]:
         """Sizes of an image as a convolution with a window computes it. Pieces are more samples."""
         return shape
+
+    @property
+    def image_parts(self) -> int:
+        """Pieces into which images of few samples are divided, 1 if none are."""
+        return 1
+
+    def piece_columns(self, window: Window, columns: int | None) -> int | None:
+        """Columns of a piece that a convolution computes, None if it does not divide its image.
+
+        `window` is over the dim that is divided, `columns` are those of a piece of an image that
+        comes divided.
+        """
+        return None
 
     def ordered_table_bytes(self, table: TableAccess) -> int:
         """Bytes of the copy of a table in which rows are contiguous, 0 without a copy.

@@ -37,7 +37,7 @@ from partita.cost.backends.base import Buffers, DimOrder, FusionRules, Kernel, T
 from partita.cost.sums import LaidOutProgram
 from partita.graph.flat import Reader, readers_of
 from partita.graph.images import TiledDims, images
-from partita.graph.operator_graph import ITEMSIZE, Instruction, Loop, OperatorGraph
+from partita.graph.operator_graph import ITEMSIZE, Instruction, Loop, OperatorGraph, Window
 from partita.plans.layout import local_shape
 
 PRODUCTS = {"dot_general", "convolution"}
@@ -45,7 +45,7 @@ LANES = 128
 """Elements of a tile along the minor dim."""
 SUBLANES = 8
 """Elements of a tile along the next dim."""
-ON_CHIP_SHARE = 0.6
+ON_CHIP_SHARE = 0.75
 """The part of vector memory that holds temporaries at the peak of a step."""
 PROGRAM_BYTES = 80 << 10
 """Main memory that a program takes beside its kernels: constants, start and end."""
@@ -67,6 +67,8 @@ UNROLLED_REGISTERS = 512
 """Registers over which the loop of a kernel is unrolled, at most."""
 PIECES = 8
 """Pieces into which images of few samples are divided."""
+DILATED_PIECE = 3
+"""Columns of each piece from which on a dilated image is divided."""
 COPIES_OF_PIECES = 2
 """Kernels that divide, pad and join them, for each convolution."""
 BUNDLE_BYTES = 64
@@ -115,12 +117,16 @@ class XlaTpu(XlaAccelerator):
             fuses_operands=True,
             repeats_differences=True,
             writes_sums=True,
+            writes_after_products=True,
+            joins_by_maximum=True,
         )
 
     @cached_property
     def buffers(self) -> Buffers:
         """A product also computes the metric that reads its result."""
-        return replace(super().buffers, early_reductions=True, stored_program=True)
+        return replace(
+            super().buffers, early_reductions=True, selected_starts=True, stored_program=True
+        )
 
     @property
     def merges_exchanges(self) -> bool:
@@ -226,6 +232,28 @@ class XlaTpu(XlaAccelerator):
         pieces[dims.samples] *= PIECES
         pieces[width] = -(-shape[width] // PIECES) + 1
         return tuple(pieces)
+
+    @property
+    def image_parts(self) -> int:
+        """Eight, if a device has fewer than 8 samples (`image_pieces`)."""
+        return PIECES
+
+    def piece_columns(self, window: Window, columns: int | None) -> int | None:
+        """As XLA's SpaceToBatchConverter: even parts of the positions, rounded up until the pieces
+        cover the padding too. Of a divided image, a halo covers a part, and larger pieces stay."""
+        covered = (window.count - 1) * window.step + window.reach
+        elements = -(-covered // window.base)
+        halo = max(0, window.reach - window.step - window.base + 1)
+        is_small = window.size < (DILATED_PIECE if window.base > 1 else 2) * PIECES
+        if is_small or halo > -(-elements // PIECES):
+            return None
+        positions = -(-window.count // PIECES)
+        part = -(-positions // window.base) * window.step
+        while part * PIECES + (halo if columns else 0) < elements:
+            part += window.step
+        if columns and columns > part and columns % window.step == 0 and window.base == 1:
+            part = columns
+        return part * window.base // window.step
 
     def ordered_table_bytes(self, table: TableAccess) -> int:
         """Bytes of the table in an order that pads more, if the copy fits on the chip or is not
