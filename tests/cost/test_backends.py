@@ -15,8 +15,8 @@ from partita.capture.program import capture_program
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import Kernel, ProductShape, TableAccess
 from partita.cost.collectives import collectives
+from partita.cost.image_pieces import piece_ratios
 from partita.cost.memory import memory
-from partita.cost.pieces import piece_ratios
 from partita.cost.predict import predict
 from partita.cost.terms import cost_terms
 from partita.cost.work import local_flops
