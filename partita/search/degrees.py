@@ -387,8 +387,8 @@ def least_move_table(move: Move, kinds: AxisKinds, sources: Shardings, targets: 
     for level, seconds_per_byte in _least_seconds_per_byte(kinds).items():
         is_outside = (kinds.levels <= level) & kinds.are_devices
         inside = kinds.shards(np.where(kinds.levels <= level, 0, kinds.counts))
-        before.append(kinds.shards(np.where(is_outside, source_dims, 0)))
-        after.append(kinds.shards(np.where(is_outside, target_dims, 0)))
+        before.append(1 / kinds.shards(np.where(is_outside, source_dims, 0)))
+        after.append(1 / kinds.shards(np.where(is_outside, target_dims, 0)))
         seconds.append(move.trips * nbytes / inside * seconds_per_byte)
     if not seconds:
         return np.zeros((sources.count, targets.count), np.float32)
@@ -410,39 +410,34 @@ def _most_microbatches(kinds: AxisKinds, sources: Shardings, targets: Shardings)
     return max(most)
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath={"nnan", "nsz"})
 def _reshard_table(before, after, seconds):
     """Least seconds of a reshard, [source, target].
 
-    `before` and `after` are shards, [level, sharding, dim] and [level, dim, sharding]; `seconds`
-    are those in which the whole tensor crosses a level. Loops over targets have no branches, so
-    that they are vectorized.
+    `before` and `after` are shares of a dim, [level, sharding, dim] and [level, dim, sharding];
+    `seconds` are those in which the whole tensor crosses a level. Loops over targets have no
+    branches, so that they are vectorized.
     """
     levels, sources, dims = before.shape
     targets = after.shape[2]
     table = np.zeros((sources, targets), np.float32)
-    received = np.empty((levels, targets))
-    overlap = np.empty(targets)
+    needed = np.ones((levels, targets))
+    held = np.empty(targets)
     for level in range(levels):
-        for t in range(targets):
-            received[level, t] = 1.0
         for dim in range(dims):
             for t in range(targets):
-                received[level, t] *= after[level, dim, t]
-        for t in range(targets):
-            received[level, t] = 1 / received[level, t]
+                needed[level, t] *= after[level, dim, t]
     for s in range(sources):
         row = table[s]
         for level in range(levels):
-            for t in range(targets):
-                overlap[t] = 1.0
+            held[:] = 1.0
             for dim in range(dims):
-                shards = before[level, s, dim]
+                share = before[level, s, dim]
                 for t in range(targets):
-                    overlap[t] *= max(shards, after[level, dim, t])
+                    held[t] *= min(share, after[level, dim, t])
             whole = seconds[level]
             for t in range(targets):
-                least = np.float32(whole * (received[level, t] - 1 / overlap[t]))
+                least = np.float32(whole * (needed[level, t] - held[t]))
                 row[t] = max(row[t], least)
     return table
 
@@ -458,8 +453,7 @@ def _add_sums(
     whole = sources.least_of_classes(sum_seconds).astype(np.float32)
     saved = np.zeros(sources.count, np.float32)
     source_kind = np.zeros(sources.count, np.int64)
-    target_kind = np.zeros(targets.count, np.int64)
-    may_overlap = np.zeros((1, 1), bool)
+    may_be_slice = np.zeros((1, targets.count), np.float32)
     if move.scatters:
         scattered = _sum_seconds(move, kinds, dims, summed, "reduce_scatter") / move.share
         scattered = np.minimum(sources.least_of_classes(scattered), whole).astype(np.float32)
@@ -472,39 +466,39 @@ def _add_sums(
         left, source_kind = distinct_rows(np.column_stack([*source_sums, is_partial]))
         right, target_kind = distinct_rows(np.column_stack(target_sums))
         may_overlap = _overlap(left[:, :-1], right) & (left[:, -1] > 0)[:, None]
+        may_be_slice = may_overlap[:, target_kind].astype(np.float32)
         saved = whole - scattered
     _sum_entries(
         table,
         (whole, whole / move.share, saved),
         _numbers(sources.least[:, :count], targets.least[:, :count]),
         _numbers(sources.least, targets.least),
-        (source_kind, target_kind, may_overlap),
+        source_kind,
+        may_be_slice,
     )
 
 
-@njit(cache=True)
-def _sum_entries(table, seconds, dims, entries, slices):
+@njit(cache=True, fastmath={"nnan", "nsz"})
+def _sum_entries(table, seconds, dims, entries, source_kind, may_be_slice):
     """Adds the seconds of partial sums to a table, [source, target].
 
     `seconds`: by source of the sum, of the sum where the dims stay, and saved by a reduce-scatter.
     `dims`, `entries`: numbers of sources and targets, equal for equal dims, or for equal entries.
-    `slices`: kinds of sources and targets, and [kind, kind] whether a target may be a slice.
+    `may_be_slice`: [kind of source, target], 1 or 0. All entries have 32 bits, for vectors.
     """
     whole, shared, saved = seconds
     source_dims, target_dims = dims
     source_entries, target_entries = entries
-    source_kind, target_kind, is_slice = slices
+    nothing = np.float32(0.0)
     for s in range(len(table)):
         row = table[s]
+        is_slice = may_be_slice[source_kind[s]]
+        source_dim = source_dims[s]
+        source_entry = source_entries[s]
         for t in range(len(row)):
-            entry = row[t] + whole[s]
-            if source_dims[s] == target_dims[t]:
-                entry = shared[s]
-            if is_slice[source_kind[s], target_kind[t]]:
-                entry -= saved[s]
-            if source_entries[s] == target_entries[t] or entry < 0:
-                entry = np.float32(0.0)
-            row[t] = entry
+            entry = shared[s] if source_dim == target_dims[t] else row[t] + whole[s]
+            entry = max(entry - saved[s] * is_slice[t], nothing)
+            row[t] = nothing if source_entry == target_entries[t] else entry
 
 
 def _overlap(left: Array, right: Array) -> Array:
@@ -520,7 +514,7 @@ def _overlap(left: Array, right: Array) -> Array:
 
 def _numbers(left: Array, right: Array) -> tuple[Array, Array]:
     """Numbers of rows, equal for equal rows of both arrays."""
-    _, number = distinct_rows(np.concatenate([left, right]))
+    number = distinct_rows(np.concatenate([left, right]))[1].astype(np.int32)
     return number[: len(left)], number[len(left) :]
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from numba import njit
 
 from partita.search.base import Array, Problem, Tables
+from partita.search.minima import least_of
 
 
 class Network(NamedTuple):
@@ -262,18 +263,16 @@ def _row_minima(data, begin, give, size, out, other_size):
 @njit(cache=True, fastmath={"nnan", "nsz"})
 def _column_minima(data, begin, give, size, out, other_size):
     """out[y] = least give[x] + table[x, y] over x; the least of all."""
-    for y in range(other_size):
-        out[y] = give[0] + data[begin + y]
-    for x in range(1, size):
+    least = np.full(other_size, np.inf)
+    lowered = np.empty(other_size)
+    for x in range(size):
         given = give[x]
         row = begin + x * other_size
         for y in range(other_size):
-            cost = given + data[row + y]
-            out[y] = min(out[y], cost)
-    minimum = np.inf
-    for y in range(other_size):
-        minimum = min(minimum, out[y])
-    return minimum
+            lowered[y] = min(least[y], given + data[row + y])
+        least, lowered = lowered, least
+    out[:other_size] = least
+    return least_of(least)
 
 
 @njit(cache=True)

@@ -40,6 +40,7 @@ from partita.search.degrees import (
     least_operator_seconds,
 )
 from partita.search.exposed import Exposed
+from partita.search.minima import least_of
 
 MAX_ENTRIES = 80_000_000
 """Entries of all tables, at most: with more, shardings that differ in few axes are one class."""
@@ -448,19 +449,20 @@ def _raised(
     """
     home = _least(home_seconds, home_number, home_potentials)
     reader = _least(reader_seconds, reader_number, reader_potentials)
-    through_reader = np.full(len(home), np.inf)
+    through_reader = np.empty(len(home))
     through_home = np.full(len(reader), np.inf)
+    lowered = np.empty(len(reader))
+    sums = np.empty(len(reader))
     for s in range(len(home)):
         row = table[s]
         given = home[s]
-        least = np.inf
         for t in range(len(reader)):
             seconds = min(times * row[t], most_seconds)
-            least = min(least, seconds + reader[t])
-        through_reader[s] = least
-        for t in range(len(reader)):
-            cost = min(times * row[t], most_seconds) + given
-            through_home[t] = min(through_home[t], cost)
+            sums[t] = seconds + reader[t]
+            # Into another array: a minimum in its place is a slow conditional store.
+            lowered[t] = min(seconds + given, through_home[t])
+        through_home, lowered = lowered, through_home
+        through_reader[s] = least_of(sums)
     return (through_reader - home) / 2, (through_home - reader) / 2
 
 

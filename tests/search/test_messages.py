@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from partita.search.base import Ends, Problem
 from partita.search.messages import Messages
+from partita.search.minima import least_of
 
 
 @st.composite
@@ -61,3 +62,9 @@ def test_a_tree_is_solved_in_one_sweep() -> None:
     )
     bound = Messages(problem).sweep(np.concatenate(problem.seconds))
     assert bound == pytest.approx(brute_force(problem).seconds)
+
+
+@given(st.lists(st.floats(allow_nan=False), max_size=9))
+@settings(deadline=None)
+def test_the_least_of_an_array_is_its_minimum(values: list[float]) -> None:
+    assert least_of(np.array(values, float)) == min(values, default=np.inf)
