@@ -487,6 +487,9 @@ class PipelineSpace:
                 if not is_pipeline(plan) or self._is_known(plan):
                     return None
                 step = self._step(plan) if step is None else step.with_plan(plan)
+                row = self.staged.spine.operators
+                if math.isfinite(best_seconds) and step.least_seconds(row) >= best_seconds:
+                    return None
                 # The simulation runs here: stages that wait for each other are a PlanError.
                 if step.seconds >= best_seconds:
                     return None

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -305,6 +305,19 @@ class PipelinedStep(SimulatedStep):
     def times(self) -> Times:
         """Start and end of every task."""
         return run(self.pipeline.tasks)
+
+    def least_seconds(self, row: Sequence[int]) -> float:
+        """Seconds of the step without transfers, no more than it takes; needs no pieces.
+
+        `row`: operators of which each pass of one waits for that of its neighbour.
+        """
+        nothing = Transfer(0.0, 0.0)
+        transfers: dict[StageEdge, Transfer] = {}
+        for one, other in pairwise(self.stage_of[operator] for operator in row):
+            if one != other:
+                transfers[StageEdge(one, other, "forward", "forward")] = nothing
+                transfers[StageEdge(other, one, "backward", "backward")] = nothing
+        return run(pipeline_tasks(self.plan, self.passes, transfers).tasks).seconds
 
     @property
     def seconds(self) -> float:

@@ -25,6 +25,7 @@ from partita.plans.pipeline import (
 from partita.plans.plan import Mesh, Plan
 from partita.plans.schema import SCHEDULES
 from partita.search.find import mesh_of
+from partita.search.staged_bound import Spine
 from partita.simulation import pipelined
 from partita.simulation.engine import run
 from partita.simulation.pipeline_tasks import StageEdge, StagePasses, Transfer, pipeline_tasks
@@ -102,6 +103,15 @@ def test_equal_stages_take_microbatches_plus_earlier_stages_by_hand(
     assert by_hand(plan, (1.0, 2.0, 0.0), {}) == count * 3.0  # nothing is handed on: nobody waits
     seconds = {FORWARD: 0.0, BACKWARD: 0.0}
     assert by_hand(plan, (1.0, 2.0, 0.0), seconds) == (count + 1) * 3.0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_step_takes_no_less_than_its_passes_without_transfers(schedule: str) -> None:
+    graph, where = GRAPHS["transformer"], machine(0.5)
+    step = PipelinedStep.of(graph, where, in_two(graph, where, microbatches=4, schedule=schedule))
+    row = Spine.of(graph, np.ones(len(graph.operators))).operators
+    waiting_for_nobody = step.least_seconds(())
+    assert 0 < waiting_for_nobody < step.least_seconds(row) <= step.seconds
 
 
 def test_earlier_stages_do_not_wait_for_the_update_of_later_ones() -> None:
