@@ -184,6 +184,8 @@ class _Climb:
             return None
         self.patience -= 1
         self.simulated_instructions += len(self.graph.instructions)
+        if equal_devices and step.path_seconds >= self.best_seconds:
+            return None
         if step.busy_seconds >= self.best_seconds or step.seconds >= self.best_seconds:
             return None
         if not self.fits(step):

@@ -21,7 +21,7 @@ from itertools import chain, product
 import numpy as np
 
 from partita.cost.collectives import collectives
-from partita.cost.evaluate import OperatorCost, compute_source, operator_costs
+from partita.cost.evaluate import PARTS, OperatorCost, compute_source, operator_costs
 from partita.cost.memory import PeakMemory, memory
 from partita.cost.moves import Placement
 from partita.cost.operator_terms import Reduction
@@ -103,6 +103,11 @@ class PlacedStep(SimulatedStep):
         return layout_of(self.graph, self.plan)
 
     @cached_property
+    def _splits(self) -> Layout:
+        """The assignments alone, which seconds depend on."""
+        return Layout((), (), tuple(dict(a) for a in self.assignments))
+
+    @cached_property
     def structure(self) -> Structure:
         """The slots of the step, in the order of issue."""
         return step_structure(
@@ -128,11 +133,6 @@ class PlacedStep(SimulatedStep):
         collectives share links with the slices on which others are placed, which may send at the
         same time. Operators on all slices wait for it, since they use its devices too.
         """
-        layout = Layout(
-            (),
-            (),
-            tuple(dict(a) for a in self.assignments),
-        )
         by_axes: dict[tuple[int, ...], list[OperatorCost]] = {}
         costs = []
         for o, slices in enumerate(self.slices):
@@ -141,7 +141,9 @@ class PlacedStep(SimulatedStep):
                 mesh = _without_links(self.plan.mesh, axes)
                 placement = Placement(machine.with_senders(self._senders(axes)), mesh)
                 in_pieces = not is_one_program(self.plan)
-                by_axes[axes] = operator_costs(self.terms, placement, layout, self.plan, in_pieces)
+                by_axes[axes] = operator_costs(
+                    self.terms, placement, self._splits, self.plan, in_pieces
+                )
             costs.append(by_axes[axes][o])
         return costs
 
@@ -262,9 +264,10 @@ class PlacedStep(SimulatedStep):
             local_edges += [move.move for move in moves if not move.crosses]
         seconds = {}
         for kind in set(self.groups.kinds):
-            costs = self._costs_on(self.machine.of_kind(kind))
+            machine = self.machine.of_kind(kind)
+            costs = self.costs if machine is self.machine else self._costs_on(machine)
             seconds[kind] = slot_seconds(
-                self.structure, costs, local_edges, self.placement, self.layout
+                self.structure, costs, local_edges, self.placement, self._splits
             )
         return seconds
 
@@ -374,6 +377,21 @@ class PlacedStep(SimulatedStep):
             for group in self.groups.groups_on(slices):
                 busy[group] += float(cost.compute[0])
         return max(busy)
+
+    @property
+    def path_seconds(self) -> float:
+        """Seconds of the longest row of kernels that wait for each other: no step is shorter.
+
+        For equal devices; needs no simulation.
+        """
+        ends: list[float] = []
+        for slot, before in zip(self.structure.slots, self.structure.before, strict=True):
+            end = max((ends[source] for source in before), default=0.0)
+            if slot.kind == "compute":
+                seconds = self.costs[slot.operator].parts()[PARTS.index(("compute", slot.phase)), 0]
+                end += float(seconds) * slot.share
+            ends.append(end)
+        return max(ends, default=0.0)
 
     @property
     def busy_seconds(self) -> float:

@@ -76,6 +76,7 @@ def test_folded_and_unfolded_steps_are_equal(
     assert unfolded.groups.count == case[2].devices
     assert folded.seconds == unfolded.seconds
     assert 0 < folded.busy_seconds <= folded.seconds * (1 + 1e-12)
+    assert 0 < folded.path_seconds <= folded.seconds * (1 + 1e-12)
     assert folded.traffic == unfolded.traffic
     assert [m.peak for m in folded.memories] == [
         unfolded.memories[unfolded.groups.number.reshape(-1)[d]].peak
