@@ -32,7 +32,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -207,10 +207,15 @@ class StagedBound:
         time = (Axis(TIME, shape.microbatches, -1),) if shape.microbatches > 1 else ()
         placement = Placement(self.placement.machine, Mesh((*time, *shape.inner)))
 
+        @cache
         def work_of(relaxed: Relaxed) -> Work:
             return Work(relaxed.of_operator, self._between_stages(relaxed, shape.stages), waits)
 
         def is_enough(relaxed: Relaxed) -> bool:
+            # Most bounds are too low even with all moves: these need no heaviest cut.
+            with_all_moves = Work(relaxed.of_operator, 0.0, waits)
+            if self.of_work(shape, with_all_moves) < enough:
+                return False
             return self.of_work(shape, work_of(relaxed)) >= enough
 
         relaxed = relax(self.graph, placement, self.terms, times, is_enough)
