@@ -7,6 +7,7 @@ large softplus not a number.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -107,6 +108,45 @@ def _deviation_and_mean(
     return deviation, jnp.mean(x, _dims(dim), keepdims=keepdim)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _largest(rows: jax.Array, axis: int) -> jax.Array:
+    """The maximum of each row, with a gradient shared among the elements that equal it.
+
+    JAX's own compares elements with the maximum alone. XLA may compute them again in another order,
+    and then the gradient is lost.
+    """
+    return jnp.max(rows, axis)
+
+
+@_largest.defjvp
+def _largest_jvp(axis: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (rows,) = primals
+    place = jnp.argmax(rows, axis, keepdims=True)
+    is_first = jax.lax.broadcasted_iota(place.dtype, rows.shape, axis) == place
+    is_largest = is_first | (rows == jnp.max(rows, axis, keepdims=True))
+    share = is_largest / is_largest.sum(axis, keepdims=True, dtype=rows.dtype)
+    return _largest(rows, axis), (share * tangents[0]).sum(axis)
+
+
+def _greatest(x: jax.Array, dim: Any = None, keepdim: bool = False) -> jax.Array:
+    """`amax`."""
+    dims = _dims(dim)
+    if not jnp.issubdtype(x.dtype, jnp.floating) or not x.size or not x.ndim:
+        return jnp.max(x, dims, keepdims=keepdim)
+    dims = tuple(range(x.ndim)) if dims is None else tuple(d % x.ndim for d in dims)
+    others = [d for d in range(x.ndim) if d not in dims]
+    rows = x.transpose(*others, *dims).reshape(*(x.shape[d] for d in others), -1)
+    found = _largest(rows, len(others))
+    return jnp.expand_dims(found, dims) if keepdim else found
+
+
+def _least(x: jax.Array, dim: Any = None, keepdim: bool = False) -> jax.Array:
+    """`amin`."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.min(x, _dims(dim), keepdims=keepdim)
+    return -_greatest(-x, dim, keepdim)
+
+
 DERIVATIVES: dict[str, Callable[..., Any]] = {
     "abs": absolute,
     "clamp": _bounded,
@@ -125,6 +165,8 @@ DERIVATIVES: dict[str, Callable[..., Any]] = {
     "special_xlog1py": _x_log1p_y,
     "copysign": _with_sign,
     "sinc": jnp.sinc,
+    "amax": _greatest,
+    "amin": _least,
     "std": _deviation,
     "std_mean": _deviation_and_mean,
 }

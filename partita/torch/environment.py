@@ -132,7 +132,13 @@ def environment() -> Environment:
             target = args[0] if is_in_place and args else kwargs.get("out")
             for leaf in traced:
                 _check_current(leaf)
-            result = super().dispatch(func, types, args, kwargs)
+            try:
+                result = super().dispatch(func, types, *_in_order(name, args, kwargs))
+            except torchax.OperatorNotFound:
+                if traced or not isinstance(func, torch._ops.OpOverload):
+                    raise
+                # a window or frequencies: PyTorch makes what depends on no tensor of the step
+                result = self.to_xla(func(*args, **{**kwargs, "device": "cpu"}))
             if is_traced(target) and name not in _SETTERS:
                 result = _written(
                     name, target, result, before[[id(x) for x in traced].index(id(target))]
@@ -197,6 +203,9 @@ def _replacements() -> Iterator[tuple[Any, Callable[..., Any]]]:
     yield torch.searchsorted, _searchsorted
     for take in (torch.take_along_dim, torch.Tensor.take_along_dim):
         yield take, _take_along
+    yield torch.ops.aten.mT, functools.partial(_of_arrays, jnp.matrix_transpose)
+    yield torch.ops.aten.max.default, functools.partial(_of_arrays, DERIVATIVES["amax"])
+    yield torch.ops.aten.min.default, functools.partial(_of_arrays, DERIVATIVES["amin"])
     yield torch.normal, _normal
     yield torch.multinomial, _multinomial
     for name, draw in noise.FILLS.items():
@@ -229,6 +238,25 @@ def _of_arrays(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _unmoved(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The tensor itself: a step runs on the devices of its plan."""
     return tensor
+
+
+_ORDERS = {
+    "arange": ("start", "end"),
+    "rand": ("size",),
+    "randn": ("size",),
+    "randint": ("low", "high", "size"),
+    "linear": ("input", "weight", "bias"),
+    "linalg_solve": ("A", "B"),
+    "linalg_svd": ("A",),
+}
+"""Operations whose named arguments torchax takes for others or refuses -> the order of these."""
+
+
+def _in_order(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments of an operation with those in `_ORDERS` by position."""
+    named = [key for key in _ORDERS.get(name, ()) if key in kwargs]
+    rest = {key: value for key, value in kwargs.items() if key not in named}
+    return (*args, *(kwargs[key] for key in named)), rest
 
 
 def _name_of(func: Any) -> str:

@@ -333,6 +333,21 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "origin": lambda p: torch.atan2(p - p.detach(), p - p.detach()) + torch.sinc(p - p.detach()),
     "powers of minus one": lambda p: torch.special.xlog1py(p - p.detach(), 0 * p.detach() - 1) + p,
     "sign of zeros": lambda p: torch.copysign(p - p.detach(), p.detach()) + torch.copysign(p, -p),
+    "shared by equals": lambda p: (
+        torch.stack([p, p.detach(), p]).amax((0, 2))
+        + p.relu().amin(1, True)
+        + p.max()
+        - p.relu().min()
+    ),
+    "windowed": lambda p: p * torch.hann_window(8) + torch.fft.fftfreq(8, 0.5),
+    "named arguments": lambda p: (
+        functional.linear(input=p, weight=p) * torch.arange(end=3)
+        + torch.randint(2, 3, size=(3, 1))
+        + torch.randint(low=1, high=2, size=(3, 3))
+        + 0 * torch.rand(size=(3, 3))
+        + 0 * torch.randn(size=(3, 3))
+    ),
+    "grid": lambda p: functional.affine_grid(p[:2, :3][None], [1, 1, 3, 2], align_corners=False),
     "first of equals": lambda p: torch.stack([p, p.detach()]).max(0).values + p.min(-1, True)[0],
     "last of equals": lambda p: torch.stack([p, p.detach(), p - 9]).cummax(0)[0].sum(0),
     "odd spectrum": lambda p: torch.fft.irfft2(torch.fft.rfft2(p[:, :7]), s=(3, 7)),
