@@ -203,6 +203,7 @@ def _replacements() -> Iterator[tuple[Any, Callable[..., Any]]]:
     yield torch.searchsorted, _searchsorted
     for take in (torch.take_along_dim, torch.Tensor.take_along_dim):
         yield take, _take_along
+    yield torch.Tensor.new_tensor, _new_tensor
     yield torch.ops.aten.mT, functools.partial(_of_arrays, jnp.matrix_transpose)
     yield torch.ops.aten.max.default, functools.partial(_of_arrays, DERIVATIVES["amax"])
     yield torch.ops.aten.min.default, functools.partial(_of_arrays, DERIVATIVES["amin"])
@@ -284,7 +285,8 @@ def _on_jax(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
     environment().outer += map(weakref.ref, constants)
     if not constants or not any(is_traced(leaf) for leaf in leaves):
         return args, kwargs
-    if name.endswith("_") and args and args[0] is constants[0]:
+    is_in_place = name.startswith("__i") if name.startswith("__") else name.endswith("_")
+    if is_in_place and args and args[0] is constants[0]:
         raise CaptureError(
             f"The forward pass changes a constant of PyTorch in place ({name}), which a compiled "
             "step does not see. Register the tensor as a buffer, or make it inside forward."
@@ -1068,6 +1070,11 @@ def _searchsorted(
         return _tensor(find(rows, values))
     found = jax.vmap(find)(rows.reshape(-1, rows.shape[-1]), values.reshape(-1, values.shape[-1]))
     return _tensor(found.reshape(values.shape))
+
+
+def _new_tensor(input: Tensor, data: Any, *, dtype: Any = None, **options: Any) -> Tensor:
+    """`new_tensor`; torchax makes one without values."""
+    return torch.tensor(data, dtype=dtype or input.dtype)
 
 
 def _take_along(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:

@@ -730,7 +730,9 @@ def explained(module: torch.nn.Module) -> Iterator[None]:
         place = f" ({line})" if line else ""
         is_missing = isinstance(error, (NotImplementedError, torchax.tensor.OperatorNotFound))
         advice = "Try the module and the loss on this batch in PyTorch"
-        if is_missing:
+        if any("_functorch" in file for file, *_ in traceback.extract_tb(error.__traceback__)):
+            advice = "JAX's tensors have no torch.func (vmap, grad): write its result as a formula"
+        elif is_missing:
             advice = "JAX or torchax lacks it: write it with other operations"
         raise CaptureError(
             f"The step of '{name}' fails in {_call_that_failed(module, error)}{place}: "

@@ -548,3 +548,10 @@ def test_a_bad_entry_in_a_later_piece_is_named() -> None:
     features[500_001, 7] = np.inf
     with pytest.raises(GraphError, match="Feature 7 of vertex 500,001 is inf"):
         check(Graph(np.zeros(600_001, np.int64), i32(), features=features))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "longdouble"])
+def test_weights_of_any_precision_are_read(dtype):
+    weights = np.array([0.5, 2.0, 3.0], dtype)
+    graph = Graph.from_edges([0, 1, 1], [1, 0, 2], weights=weights)
+    assert graph.weights.tolist() == [2.0, 0.5, 3.0]

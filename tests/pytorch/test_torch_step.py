@@ -347,6 +347,7 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
         + 0 * torch.rand(size=(3, 3))
         + 0 * torch.randn(size=(3, 3))
     ),
+    "new numbers": lambda p: p[:, :3] * p.new_tensor([1, 2, 3]) + p.new_tensor(data=2.0),
     "grid": lambda p: functional.affine_grid(p[:2, :3][None], [1, 1, 3, 2], align_corners=False),
     "first of equals": lambda p: torch.stack([p, p.detach()]).max(0).values + p.min(-1, True)[0],
     "last of equals": lambda p: torch.stack([p, p.detach(), p - 9]).cummax(0)[0].sum(0),
@@ -663,6 +664,11 @@ class Generated(Branches):
         return self.dense(x) * torch.rand(1, generator=torch.Generator())
 
 
+class Mapped(Branches):
+    def forward(self, x: Any) -> Any:
+        return torch.vmap(lambda row: self.dense(row[None])[0])(x)
+
+
 class Chosen(Branches):
     def forward(self, x: Any) -> Any:
         y = self.dense(x)
@@ -682,6 +688,7 @@ REFUSED = {
     "reads its tensor, or the reverse": (Reshaped, sgd),
     "bags of several lengths": (Bags, sgd),
     "draws from a generator": (Generated, sgd),
+    "JAX's tensors have no torch.func": (Mapped, sgd),
     "running statistics of an instance": (
         lambda: nn.InstanceNorm1d(12, affine=True, track_running_stats=True),
         sgd,

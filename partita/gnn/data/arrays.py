@@ -98,6 +98,8 @@ def as_weights(values: Any, edges: int) -> np.ndarray | None:
     if values is None:
         return None
     weights = as_array(values).reshape(-1)
+    if weights.dtype in (np.float16, np.longdouble):  # numba has no such numbers
+        weights = weights.astype(np.float32)
     if len(weights) != edges:
         raise GraphError(
             f"weights has {len(weights):,} entries for {edges:,} edges: give one per edge, in the "
