@@ -6,7 +6,7 @@ samples and heads. Results that sum over a split factor (the gradient of a bias,
 layer's weights) are all-reduced inside.
 
 XLA:CPU runs Fourier transforms of row-major operands only, but gathers into other layouts (jaxlib
-0.10.2). So the layout of their operands is fixed.
+0.10.2). So the layout of their operands is fixed there; XLA:TPU compiles no such program.
 """
 
 from __future__ import annotations
@@ -51,11 +51,12 @@ def write_local_calls(
         if instruction.name not in LOCAL_CALLS or instruction.rule is None:
             continue
         axes = _factor_axes(graph, number, layout)
+        call = operation
         if any(axes.values()):
             writer = _LocalCall(operation, instruction.rule, axes, mesh, mesh_name)
-            writer.write(instruction.name)
-        elif instruction.name == FOURIER:
-            _read_row_major(operation)
+            call = writer.write(instruction.name)
+        if instruction.name == FOURIER and graph.target in ("", "cpu"):
+            _read_row_major(call)
 
 
 def _factor_axes(graph: OperatorGraph, number: int, layout: Layout) -> FactorAxes:
@@ -90,8 +91,8 @@ class _LocalCall:
         self.mesh = mesh
         self.mesh_name = mesh_name
 
-    def write(self, name: str) -> None:
-        """Puts the local call in the place of the call."""
+    def write(self, name: str) -> Any:
+        """Puts the local call in the place of the call, and gives it."""
         operands = list(self.call.operands)
         results = list(self.call.results)
         computation = ir.Operation.create(
@@ -124,6 +125,7 @@ class _LocalCall:
         for value, new in zip(results, computation.results, strict=True):
             value.replace_all_uses_with(new)
         self.call.erase()
+        return local
 
     def _local_call(self, name: str, arguments: list[Any]) -> Any:
         """The kernel on local operands."""
@@ -135,15 +137,12 @@ class _LocalCall:
             self._local_type(value.type, dims)
             for value, dims in zip(self.call.results, self.rule.results, strict=True)
         ]
-        local = ir.Operation.create(
+        return ir.Operation.create(
             self.call.name,
             results=types,
             operands=arguments,
             attributes=attributes,
         )
-        if name == FOURIER:
-            _read_row_major(local)
-        return local
 
     def _local_config(self, name: str) -> ir.Attribute:
         """The configuration of the kernel for the local sizes."""

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 import partita
+from partita.capture.program import capture_program
+from partita.capture.stablehlo import context, parse
 from partita.errors import CompilerError
+from partita.execute.annotate import annotate
 from partita.execute.steps import settled
+from partita.plans.baselines import BASELINES
+from partita.plans.layout import layout_of
+from partita.plans.plan import mesh_for
 
 
 def spectral_layers(x, channels, waves):
@@ -44,6 +50,20 @@ def test_a_fourier_transform_gathers_nothing_beyond_the_plan(plan):
     traffic = re.findall(r"(\S.*): (.+) planned, (.+) emitted", "\n".join(lines))
     assert traffic
     assert all(planned == emitted for _, planned, emitted in traffic), lines
+
+
+@pytest.mark.parametrize(("target", "fixed"), [("cpu", 4), ("tpu", 0)])
+def test_only_a_cpu_fixes_the_layout_of_operands(target, fixed):
+    weights = np.ones((4, 4), "float32"), np.ones((2, 4, 4, 3, 3), "float32")
+    args = weights, np.ones((8, 4, 8, 6), "float32")
+    captured = capture_program(train, args=args, target=target)
+    plan = BASELINES["data parallel"](captured.graph, "host", mesh_for((4,)))
+    layout = layout_of(captured.graph, plan)
+    source = annotate(captured.text.mlir_module_serialized, captured.graph, plan.mesh, layout)
+    with context():
+        text = str(parse(source))
+    assert text.count("@LayoutConstraint") == fixed
+    assert text.count("sdy.manual_computation") == 3
 
 
 def test_a_fourier_transform_outside_a_plan_gets_one_sentence():
