@@ -42,7 +42,8 @@ TENSORFLOW_OPERATIONS = (
 NOTHING_PARALLEL = (
     "Nothing was parallel: no Keras model trained by fit or train_on_batch, and nothing was given "
     "to partita.parallelize. One line makes a loop of your own parallel: "
-    "step = partita.parallelize(step, arguments_of_a_call)."
+    "step = partita.parallelize(step, arguments_of_a_call). A graph network takes the number of "
+    "devices itself: model.fit(graph, devices=4)."
 )
 
 
