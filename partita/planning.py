@@ -33,7 +33,7 @@ from partita.plans.pipeline import is_one_program, is_pipeline, stage_count
 from partita.plans.plan import Plan, choice_text, numbered_path, offload_text, placed_slice
 from partita.search.alternatives import alternatives
 from partita.search.base import Report
-from partita.search.find import PlanResult, find, mesh_of
+from partita.search.find import PlanResult, capacity, find, mesh_of
 from partita.simulation.simulate import predicted as simulated_prediction
 from partita.simulation.simulate import simulate as simulated
 from partita.simulation.timeline import Timeline
@@ -303,9 +303,12 @@ def with_reasons(result: PlanResult) -> Plan:
         shown = [_alternative(result, *other) for other in others]
         operators[cost.name] = {**_figures(cost), "alternatives": shown}
     baselines = {}
+    limit = capacity(result.network.placement.machine)
     for name, (_, prediction) in result.baselines.items():
         figures = prediction.to_json()
         baselines[name] = {key: figures[key] for key in BASELINE_FIGURES if key in figures}
+        if not result.baselines.fits(name, limit):
+            baselines[name]["fits"] = False
     return replace(result.plan, why={"operators": operators, "baselines": baselines})
 
 

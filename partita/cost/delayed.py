@@ -9,7 +9,8 @@ stay in memory until then:
 - The product for the gradient of a weight waits for a collective that the backward pass needs. The
   last collective takes the last gradients before it, the one before takes those before them. That
   for the gradient of a stored weight waits for the next gather of variables at least. Beyond the
-  memory of a device, no kernel is delayed further than to that gather.
+  memory of a device, no kernel is delayed further than to that gather. A sum that a product waits
+  for (`cost.early_sums`) takes the products for its own gradients, whatever the memory.
 - The loss, for whose number no gradient waits, is computed at the end of the backward pass where
   its sum over devices is joined with the sums of gradients.
 
@@ -28,15 +29,15 @@ Other kernels that read it, such as the product for the gradient of a weight, wa
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from partita.cost.fusion import PRODUCTS, Fusion, kernel_reads
+from partita.cost.early_sums import early_sums
+from partita.cost.fusion import Fusion, kernel_reads
 from partita.cost.joined import computes_rows, joined_kernels
 from partita.cost.partial import Factors, operand_labels, reduced_factors, split_axes
-from partita.graph.flat import Reader, readers_of
+from partita.graph.flat import PRODUCTS, Reader, readers_of
 from partita.graph.gradient_sums import PASSING
 from partita.graph.operator_graph import (
     Instruction,
@@ -73,7 +74,7 @@ def delayed_kernels(
     """Root of a delayed kernel -> its delay.
 
     `gathers` are the `gather_times`. If the memory of a device limits delays (`is_limited`), no
-    kernel is delayed beyond the next of them.
+    kernel is delayed beyond the next of them, but for sums that a product waits for.
 
     None in a plan with offloaded slots: compiled with tensor parallelism, it delays nothing. (On
     one device, all weight gradients follow those of inputs then, below the peak.)
@@ -91,9 +92,11 @@ def delayed_kernels(
     for root in _delayed_losses(graph, layout, fused):
         delays[root] = Delay(_end_of_backward(graph), _reads_of_quotients(graph, fused, root))
     if is_limited:
+        sums = early_sums(graph, layout)
         for root, delay in delays.items():
-            time = next((time for time in gathers if time > root), root)
-            delays[root] = replace(delay, time=min(delay.time, time))
+            if sums.keys().isdisjoint(graph.instructions[root].results):
+                time = next((time for time in gathers if time > root), root)
+                delays[root] = replace(delay, time=min(delay.time, time))
     return {root: delay for root, delay in delays.items() if delay.time > root}
 
 
@@ -202,6 +205,14 @@ def _delayed_products(graph: OperatorGraph, layout: Layout, fused: Fusion) -> di
     waiting = [products for products in gradients if not _converts_weights(graph, products)]
     if not waiting:
         return {}
+    sums = early_sums(graph, layout)
+    delayed = {
+        root: sums[graph.instructions[root].results[0]].computed
+        for products in waiting
+        for root in products
+        if graph.instructions[root].results[0] in sums
+    }
+    waiting = [products for products in waiting if delayed.keys().isdisjoint(products)]
     dtypes = _summed_dtypes(graph, layout, fused)
     times = set(_awaited_sums(graph, layout))
     for products in gradients:
@@ -211,7 +222,6 @@ def _delayed_products(graph: OperatorGraph, layout: Layout, fused: Fusion) -> di
         times.add(_end_of_backward(graph))
     kernels_per_gradient = 1 if dtypes else 2
     room = math.ceil(KERNELS_PER_COLLECTIVE / kernels_per_gradient)
-    delayed: dict[int, int] = {}
     for time in sorted(times, reverse=True):
         ready = [products for products in waiting if max(products) < time]
         for products in ready[-room:]:
@@ -225,62 +235,21 @@ def _delayed_slices(
 ) -> dict[int, int]:
     """Product for the gradient of a stored weight -> the instruction at which it runs.
 
-    It waits for its sum, or for the next gather of variables for the backward pass.
+    It waits for its sum, or for the next gather of variables for the backward pass; without
+    gathers, for the end of that pass.
     """
     sliced = _sliced(graph, layout)
     sums = early_sums(graph, layout)
+    end = -1 if gathers else _end_of_backward(graph)
     delayed = {}
     for root in fused.kernels:
         is_product = graph.instructions[root].name in PRODUCTS
         if is_product and root in sliced and root in _gradients(graph):
             total = sums.get(graph.instructions[root].results[0])
             delayed[root] = (
-                total.computed if total else next((time for time in gathers if time > root), root)
+                total.computed if total else next((time for time in gathers if time > root), end)
             )
     return delayed
-
-
-@dataclass(frozen=True)
-class EarlySum:
-    """A sum of a gradient for which a later gather waits."""
-
-    computed: int
-    """The instruction beside which the gradient is computed."""
-    summed: int
-    """That beside which its slice exists."""
-
-
-def early_sums(graph: OperatorGraph, layout: Layout) -> dict[int, EarlySum]:
-    """Gradient -> its sum, for those for which gathers wait.
-
-    The scheduler goes backward from the gather: the sums follow each other, a product of the
-    backward pass beside each, and a gradient is computed just before its sum begins.
-    """
-    producer = producers(graph)
-    groups: dict[int, set[int]] = defaultdict(set)
-    for read in layout.reads:
-        if read.before >= 0:
-            groups[producer[read.before]].add(read.tensor)
-    if not groups:
-        return {}
-    products = [
-        i
-        for i, instruction in enumerate(graph.instructions)
-        if instruction.name in PRODUCTS
-        and instruction.phase == "backward"
-        and i not in _gradients(graph)
-    ]
-    sums = {}
-    for end, tensors in groups.items():
-        times = products[: bisect_right(products, end)]
-        computed = summed = end
-        for tensor in sorted(tensors, key=producer.__getitem__, reverse=True):
-            source = producer[tensor]
-            sums[tensor] = EarlySum(max(source, computed), max(source, summed))
-            if graph.instructions[source].name in PRODUCTS and len(times) > 1:
-                times.pop()
-                computed, summed = times[-1], computed
-    return sums
 
 
 def _sliced(graph: OperatorGraph, layout: Layout) -> set[int]:

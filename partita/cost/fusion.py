@@ -20,7 +20,7 @@ from functools import lru_cache
 from partita.cost.backends.base import FusionRules
 from partita.cost.collectives import communicating
 from partita.cost.partial import pending_sums, split_axes
-from partita.graph.flat import EDGE_KERNELS, Reader, transposes
+from partita.graph.flat import EDGE_KERNELS, PRODUCTS, Reader, transposes
 from partita.graph.operator_graph import (
     IdentityKey,
     Instruction,
@@ -55,7 +55,6 @@ ALONE = {
     "dynamic_reshape",
 }
 """Instructions that are kernels of their own."""
-PRODUCTS = {"dot_general", "convolution"}
 EXPENSIVE = {
     "exponential",
     "exponential_minus_one",

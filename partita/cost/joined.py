@@ -21,8 +21,8 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from partita.cost.fusion import ALONE, FREE, PRODUCTS, Fusion, collective_borders, kernel_reads
-from partita.graph.flat import HEAVY, LIBRARY_CALLS, Reader
+from partita.cost.fusion import ALONE, FREE, Fusion, collective_borders, kernel_reads
+from partita.graph.flat import HEAVY, LIBRARY_CALLS, PRODUCTS, Reader
 from partita.graph.operator_graph import (
     IdentityKey,
     OperatorGraph,

@@ -26,7 +26,7 @@ import numpy as np
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import Kernel, ProductShape, TableAccess
 from partita.cost.collectives import DEFAULT, collectives, emitted_sums
-from partita.cost.delayed import early_sums
+from partita.cost.early_sums import early_sums
 from partita.cost.fusion import ALONE, Fusion, fused_under, kernel_reads
 from partita.cost.joined import computed_together
 from partita.cost.lifetimes import Lifetimes, lifetimes_under, static_lifetimes

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from partita.cost.early_sums import waits
 from partita.cost.partial import keeps_elements
 from partita.cost.reshard import Axes, emitted_steps
 from partita.graph.flat import Reader, readers_of
@@ -151,11 +152,19 @@ def leave_loops(program: LaidOutProgram, sums: Sequence[Sum]) -> list[Sum]:
 def join_additions(program: LaidOutProgram, sums: Sequence[Sum]) -> list[Sum]:
     """Sums of which one addition reads two, and nothing else does: they follow the addition.
 
+    A product that waits for a sum (`cost.early_sums`) reads it too.
     Operands that the addition reads under another sharding must be reduce-scatters to it.
     """
     graph = program.graph
     moved = program.moved_reads()
-    by_tensor = {total.tensor: total for total in sums if total.kind != "all_gather"}
+    waited_for = set()
+    if not program.in_pieces:
+        waited_for = {t for wait in waits(graph, program.layout) for t, _ in wait.sums}
+    by_tensor = {
+        total.tensor: total
+        for total in sums
+        if total.kind != "all_gather" and total.tensor not in waited_for
+    }
     kept = {id(total): total for total in sums}
     for i, instruction in enumerate(graph.instructions):
         if instruction.name != "add" or len(set(instruction.operands)) != 2:

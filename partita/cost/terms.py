@@ -45,7 +45,15 @@ from partita.cost.partial import (
 )
 from partita.cost.sums import loop_sums
 from partita.cost.work import dense_ratio, group_factors
-from partita.graph.flat import EDGE_KERNELS, HEAVY, LIBRARY_CALLS, Reader, readers_of, transposes
+from partita.graph.flat import (
+    EDGE_KERNELS,
+    HEAVY,
+    LIBRARY_CALLS,
+    PRODUCTS,
+    Reader,
+    readers_of,
+    transposes,
+)
 from partita.graph.operator_graph import (
     ITEMSIZE,
     Instruction,
@@ -70,7 +78,6 @@ OP_CLASS = {
     "select_and_scatter": "reduce",
     "sort": "sort",
 }
-PRODUCTS = ("dot_general", "convolution")
 
 FEWEST_FLOPS = 64
 FEWEST_BYTES = 256

@@ -7,7 +7,6 @@ propagation decides nothing, and XLA's partitioner emits the planned collectives
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from jax.extend.mlir import ir
 from partita.capture import stablehlo
 from partita.capture.barriers import BARRIER, join_barriers
 from partita.capture.conditionals import CONDITIONALS, join_conditionals
+from partita.cost.early_sums import waits
 from partita.cost.partial import PendingSums, pending_sums
 from partita.cost.reshard import Axes, reshard_steps
 from partita.execute.local_calls import write_local_calls
@@ -208,8 +208,7 @@ class Annotator:
         t = self.ids[value]
         if self.graph.tensors[t].shape and t not in self.pinned:
             self.pinned.add(t)
-            pinned = self._constrain(value, self.layout.shardings[t])
-            value.replace_all_uses_except(pinned, pinned.owner.operation)
+            self._pinned(value, self._text(self.layout.shardings[t]))
 
     def _axes_text(self, axes: Sequence[int]) -> str:
         names = ", ".join(f'"{self.mesh.axes[a].name}"' for a in axes)
@@ -233,13 +232,10 @@ class Annotator:
         XLA follows the constraint, not the instruction. It delays a sum through additions only.
         """
         value = self.values[t]
-        pinned = self._constrained(value, f"#sdy.sharding<@{MESH}, {self._result_text(t)}>")
-        value.replace_all_uses_except(pinned, pinned.owner.operation)
+        pinned = self._pinned(value, f"#sdy.sharding<@{MESH}, {self._result_text(t)}>")
         if t in self.pending.totals:
-            whole = self._constrain(pinned, self.layout.shardings[t])
-            pinned.replace_all_uses_except(whole, whole.owner.operation)
-            self.values[t] = whole
-            self.ids[whole] = t
+            self.values[t] = self._pinned(pinned, self._text(self.layout.shardings[t]))
+            self.ids[self.values[t]] = t
 
     def _text(self, sharding: Sharding) -> str:
         if sharding not in self.texts:
@@ -261,13 +257,13 @@ class Annotator:
         starts = {(tensor, -1): self.values[tensor] for tensor in range(len(self.values))}
         resharded: dict[tuple[Source, Chain], Any] = {}
         replacements: list[tuple[int, int, Any]] = []
-        slices: dict[int, list[tuple[Any, Sharding]]] = defaultdict(list)
-        """Gradient -> slices of earlier ones that gathers after it wait for, too."""
+        sums: dict[tuple[int, Sharding], Any] = {}
+        """(gradient, its sharding behind the sum) -> that value."""
         for read in sorted(self.layout.reads, key=lambda read: read.after >= 0):
             source = self._source(read)
             chain = chains[source, read.target]
             if source not in starts:
-                starts[source] = self._behind(read, slices.pop(read.after, []))
+                starts[source] = self._behind(read)
             value = starts[source]
             for n in range(1, len(chain)):
                 key = (source, chain[: n + 1])
@@ -278,21 +274,43 @@ class Annotator:
                 value = resharded[key]
             if len(continuations[source, chain]) > 1:
                 value = self._constrain(value, chain[-1])
-            if self.is_whole and read.before >= 0:
-                slices[read.before].append((value, read.target))
+            sums[read.tensor, read.target] = value
             for index, position in read.readers:
                 replacements.append((index, position, value))
         terminator = list(block)[-1].operation
         for index, position, value in replacements:
             reader = terminator if index < 0 else self.operations[index]
             _set_operand(reader, position, value)
+        if self.is_whole:
+            self._add_waits(sums)
+
+    def _add_waits(self, sums: dict[tuple[int, Sharding], Any]) -> None:
+        """Puts a barrier before every product that waits for sums of gradients.
+
+        `sums` are those that a reshard has computed: (gradient, its sharding) -> value.
+        """
+        targets = {reader: read.target for read in self.layout.reads for reader in read.readers}
+        for wait in waits(self.graph, self.layout):
+            index, position = wait.reader
+            tensor = self.graph.instructions[index].operands[position]
+            reader = self.operations[index]
+            values = [reader.operands[position]]
+            shardings = [targets.get(wait.reader, self.layout.shardings[tensor])]
+            for total in wait.sums:
+                if total not in sums:
+                    # XLA drops a value that nothing but the barrier reads.
+                    sums[total] = self._pinned(self.values[total[0]], self._text(total[1]))
+                values.append(sums[total])
+                shardings.append(total[1])
+            barrier = self._barrier(values, shardings, reader)
+            reader.operands[position] = barrier.results[0]
 
     def _source(self, read: Read) -> Source:
         """The value that a read reshards. In a piece, nothing waits for a gradient."""
         return read.tensor, read.after if self.is_whole else -1
 
-    def _behind(self, read: Read, slices: Sequence[tuple[Any, Sharding]]) -> Any:
-        """The tensor of a read behind a barrier, which waits for the read's gradient and `slices`.
+    def _behind(self, read: Read) -> Any:
+        """The tensor of a read behind a barrier, which waits for the read's gradient.
 
         A constraint of its own keeps the barrier from reading the end of another chain: a slice of
         the gathered tensor, which then stays in memory.
@@ -303,23 +321,24 @@ class Annotator:
         computed_at = producers(self.graph)
         is_first = computed_at.get(read.tensor, -1) < computed_at[read.after]
         last = values[is_first].owner.operation
-        layout = [self.layout.shardings[t] for t in tensors]
-        for value, sharding in slices:
-            values.append(value)
-            layout.append(sharding)
-        shardings = ", ".join(f"<@{MESH}, {self._dims_text(sharding)}>" for sharding in layout)
-        barrier = ir.Operation.create(
+        shardings = [self.layout.shardings[t] for t in tensors]
+        barrier = self._barrier(values, shardings, last)
+        barrier.move_after(last)
+        return barrier.results[0]
+
+    def _barrier(
+        self, values: Sequence[Any], shardings: Sequence[Sharding], place: ir.Operation
+    ) -> ir.Operation:
+        """A barrier of values under these shardings, before the instruction `place`."""
+        texts = ", ".join(f"<@{MESH}, {self._dims_text(sharding)}>" for sharding in shardings)
+        return ir.Operation.create(
             BARRIER,
             results=[value.type for value in values],
             operands=values,
-            attributes={
-                "sdy.sharding": ir.Attribute.parse(f"#sdy.sharding_per_value<[{shardings}]>")
-            },
-            loc=last.location,
-            ip=ir.InsertionPoint(last),
+            attributes={"sdy.sharding": ir.Attribute.parse(f"#sdy.sharding_per_value<[{texts}]>")},
+            loc=place.location,
+            ip=ir.InsertionPoint(place),
         )
-        barrier.move_after(last)
-        return barrier.results[0]
 
     def _chain(self, read: Read) -> Chain:
         """The shardings of a read's reshard."""
@@ -335,6 +354,12 @@ class Annotator:
 
     def _constrain(self, value: Any, sharding: Sharding) -> Any:
         return self._constrained(value, self._text(sharding))
+
+    def _pinned(self, value: Any, sharding: str) -> Any:
+        """The result of a new constraint, which all readers of the value read instead."""
+        pinned = self._constrained(value, sharding)
+        value.replace_all_uses_except(pinned, pinned.owner.operation)
+        return pinned
 
     def _constrained(self, value: Any, sharding: str) -> Any:
         """The result of a new constraint, directly after the value's instruction."""

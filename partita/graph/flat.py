@@ -52,6 +52,8 @@ HEAVY = {
     "top_k",
 }
 """Instructions that make an operator in the forward pass."""
+PRODUCTS = {"dot_general", "convolution"}
+"""Instructions that multiply and sum two tensors."""
 LIBRARY_CALLS = {"fused_attention", "recurrence", "pallas_kernel"}
 """Kernels of a library that compute what many instructions would."""
 SHAPE_ONLY = {

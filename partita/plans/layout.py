@@ -7,7 +7,6 @@ the comparison with the compiler all read the same `Layout`, so they cannot disa
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -25,7 +24,6 @@ from partita.graph.operator_graph import (
     Label,
     Loop,
     OperatorGraph,
-    first_backward,
     per_graph,
     producers,
 )
@@ -48,9 +46,6 @@ class Read:
     after: int = -1
     """A gradient before which the reshard does not begin, -1 for none: a stored parameter is
     gathered again for the backward pass, so that the first copy need not stay in memory."""
-    before: int = -1
-    """Of a gradient's slice: the gradient of which a later gather is `after`, -1 for none. That
-    gather waits for this reshard too, so that the whole gradient need not stay in memory."""
 
 
 @dataclass(frozen=True)
@@ -277,14 +272,11 @@ def _layout_of(key: IdentityKey[OperatorGraph], splits: _Splits) -> Layout:
     builder.read_gathered()
     builder.read_results()
     reads = []
-    updating = set()
     for needed, readers in builder.reads.items():
         read = Read(*needed, tuple(readers))
         reads += _gathered_again(graph, read) if read.tensor in builder.slices else [read]
-        if needed in builder.updating:
-            updating.add(read)
     if is_gpu(graph.target):
-        reads = _summed_early(graph, _gathered_late(graph, reads, builder.slices), updating)
+        reads = _gathered_late(graph, reads, builder.slices)
     host = offloaded(graph, plan)
     return Layout(tuple(builder.shardings), tuple(reads), builder.assignments, host)
 
@@ -338,8 +330,6 @@ class _LayoutBuilder:
         self.slices: set[int] = set()
         """Parameters in slices that accelerators gather for each pass, and their conversions."""
         self.reads: dict[tuple[int, int, Sharding], list[Reader]] = defaultdict(list)
-        self.updating: set[tuple[int, int, Sharding]] = set()
-        """The reads of updates."""
         self.labelled: set[Reader] = set()
         """Readers with a target sharding of their own."""
         for use in graph.uses:
@@ -394,7 +384,6 @@ class _LayoutBuilder:
                 if self.shardings[tensor] != target:
                     key = (tensor, self.graph.home[parameter], target)
                     self.reads[key].append((index, position))
-                    self.updating.add(key)
                 self.labelled.add((index, position))
 
     def _is_aligned(self, index: int, position: int, parameter: int) -> bool:
@@ -578,8 +567,6 @@ def _gathered_again(graph: OperatorGraph, read: Read) -> list[Read]:
 COMBINED_BYTES = 30 << 20
 """Bytes of a combined collective of XLA for accelerators (xla/service/collective_utils.h): gathers
 or sums that wait together have as many, at least."""
-SUMMED_GATHERS = 4
-"""Times of gathers between a gradient and the gather that waits for its slice."""
 
 
 def _gathered_late(graph: OperatorGraph, reads: list[Read], slices: Set[int]) -> list[Read]:
@@ -603,34 +590,6 @@ def _gathered_late(graph: OperatorGraph, reads: list[Read], slices: Set[int]) ->
         nbytes += graph.tensors[read.tensor].nbytes
         after[read] = waited_for
     return [replace(read, after=after.get(read, read.after)) for read in reads]
-
-
-def _summed_early(graph: OperatorGraph, reads: list[Read], updating: Set[Read]) -> list[Read]:
-    """The reads of a step whose gathers for the backward pass wait for slices of gradients.
-
-    XLA:GPU would delay the sums of gradients to the end of the backward pass. `updating` are the
-    reads of updates.
-    """
-    producer = producers(graph)
-    backward = first_backward(graph)
-    gathers = {producer[read.after]: read.after for read in reads if read.after >= 0}
-    times = sorted((time, gather) for time, gather in gathers.items() if time >= backward)
-    if not times:
-        return reads
-    before: dict[Read, int] = {}
-    waiting: list[Read] = []
-    nbytes = 0
-    slices = [read for read in reads if read in updating and read.tensor in producer]
-    for read in sorted(slices, key=lambda read: producer[read.tensor]):
-        waiting.append(read)
-        nbytes += graph.tensors[read.tensor].nbytes
-        if nbytes < COMBINED_BYTES:
-            continue
-        number = bisect_left(times, (producer[read.tensor], 0)) + SUMMED_GATHERS
-        if number < len(times):
-            before.update(dict.fromkeys(waiting, times[number][1]))
-        waiting, nbytes = [], 0
-    return [replace(read, before=before.get(read, -1)) for read in reads]
 
 
 @per_graph

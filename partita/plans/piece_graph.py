@@ -169,5 +169,5 @@ class _PieceGraph:
             readers = [(self.position[i], n) for i, n in read.readers if i in self.position]
             if readers:
                 after = read.after if read.after in made else -1
-                reads.append(replace(read, readers=tuple(readers), after=after, before=-1))
+                reads.append(replace(read, readers=tuple(readers), after=after))
         return reads

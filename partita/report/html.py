@@ -228,9 +228,9 @@ def _headline(plan: Plan, measured: Measured) -> str:
             return f"How {plan.graph} is split on {plan.machine}"
         return f"{seconds_text(measured_seconds)} a step measured on {plan.machine}"
     title = f"{seconds_text(predicted_seconds)} a step predicted on {plan.machine}"
-    baseline = plan.why.get("baselines", {}).get("data parallel", {}).get("seconds")
-    gain = _gain(baseline, predicted_seconds)
-    if gain:
+    baseline = plan.why.get("baselines", {}).get("data parallel", {})
+    gain = _gain(baseline.get("seconds"), predicted_seconds)
+    if gain and baseline.get("fits", True):
         title += f", {gain} as fast as data parallel"
     if measured_seconds is not None:
         difference = _difference(predicted_seconds, measured_seconds)

@@ -802,9 +802,7 @@ def _speedup(request: _Request, result: PlanResult) -> list[str]:
     """A note about the speed of the plan relative to data parallel."""
     baselines = result.baselines
     seconds = result.prediction.seconds
-    if not is_one_program(result.plan) and not baselines.fits(
-        "data parallel", capacity(request.machine)
-    ):
+    if not baselines.fits("data parallel", capacity(request.machine)):
         return ["data parallel does not fit in memory"]
     if seconds <= 0:
         return []

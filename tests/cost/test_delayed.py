@@ -19,9 +19,10 @@ from partita.cost.delayed import (
     gather_times,
     joined_repetitions,
 )
-from partita.cost.fusion import PRODUCTS, fused_under
+from partita.cost.fusion import fused_under
 from partita.cost.memory import memory
 from partita.cost.terms import cost_terms
+from partita.graph.flat import PRODUCTS
 from partita.graph.operator_graph import constant_tensors
 from partita.graph.rematerialize import rematerialized
 from partita.machine import load

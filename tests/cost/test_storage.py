@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from partita.capture.jax_functions import Leaf, capture_step
+from partita.cost import early_sums
 from partita.cost.collectives import collectives
 from partita.cost.evaluate import operator_costs
 from partita.cost.memory import memory
@@ -19,7 +20,6 @@ from partita.execute import program
 from partita.execute.verify import compare_steps
 from partita.graph.operator_graph import first_backward, producers
 from partita.machine import load
-from partita.plans import layout as layouts
 from partita.plans.baselines import BASELINES
 from partita.plans.layout import layout_of
 from partita.plans.plan import Plan
@@ -31,7 +31,7 @@ LAYERS, WIDTH, BATCH = 6, 64, 16
 GPUS, NODES = load("h100:4"), load("h100:16")
 
 
-def layers_for_gpus(layers: int, width: int):
+def layers_for_gpus(layers: int, width: int, batch: int = BATCH):
     """Dense layers in mixed precision, as captured for GPUs."""
 
     def loss(weights, x):
@@ -47,9 +47,9 @@ def layers_for_gpus(layers: int, width: int):
     found = capture_step(
         step,
         (shape((width, width), "float32"),) * layers,
-        shape((BATCH, width), "bfloat16"),
+        shape((batch, width), "bfloat16"),
         [Leaf(f"w{n}", "parameter") for n in range(layers)],
-        batch_size=BATCH,
+        batch_size=batch,
     )
     return replace(found, graph=replace(found.graph, target="cuda"))
 
@@ -98,33 +98,44 @@ def test_what_is_gathered_twice_leaves_memory_between(captured):
 
 @pytest.fixture
 def summed_early(captured, monkeypatch):
-    """The same layers, whose gathers wait for slices of gradients as those of large layers do."""
-    monkeypatch.setattr(layouts, "COMBINED_BYTES", 0)
-    monkeypatch.setattr(layouts, "SUMMED_GATHERS", 0)
+    """The same layers, whose products wait for sums of gradients as those of large layers do."""
+    monkeypatch.setattr(early_sums, "COMBINED_BYTES", 0)
+    monkeypatch.setattr(early_sums, "WAITING_PRODUCTS", 0)
     return replace(captured, graph=replace(captured.graph))
 
 
-def test_gathers_wait_for_slices_of_large_gradients(captured):
-    small = layout_of(captured.graph, plan_of(captured, "ZeRO-3"))
-    assert all(read.before < 0 for read in small.reads), "small sums are combined"
+def test_gathers_of_the_forward_pass_wait_for_products():
     large = layers_for_gpus(16, 4096)
-    plan = plan_of(large, "ZeRO-3")
-    layout = layout_of(large.graph, plan)
-    slices = [read for read in layout.reads if read.before >= 0]
-    assert len(slices) >= 16 // 2
-    assert {read.before for read in slices} <= {read.after for read in layout.reads}
+    reads = [r for r in layout_of(large.graph, plan_of(large, "ZeRO-3")).reads if r.after >= 0]
     computed_at = producers(large.graph)
-    gathers = [read for read in layout.reads if read.after >= 0]
-    forward = [read for read in gathers if computed_at[read.after] < first_backward(large.graph)]
+    forward = [read for read in reads if computed_at[read.after] < first_backward(large.graph)]
     assert len({read.after for read in forward}) == len(forward) == 16 - 3, "one by one"
-    assert all(computed_at[read.after] < min(read.readers)[0] for read in gathers)
-    assert all(computed_at[read.tensor] < computed_at[read.before] for read in slices)
-    late = replace(layout, reads=tuple(replace(read, before=-1) for read in layout.reads))
-    early_peak, late_peak = (
-        memory(large.graph, plan.mesh, each, GPUS.backend).peak for each in (layout, late)
-    )
-    slice_bytes = large.graph.tensors[slices[0].tensor].nbytes
-    assert late_peak - early_peak > len(slices) // 2 * slice_bytes
+    assert all(computed_at[read.after] < min(read.readers)[0] for read in reads)
+
+
+@pytest.mark.parametrize("name", ["ZeRO-3", "ZeRO-1", "data parallel"])
+def test_products_wait_for_sums_of_large_gradients(name, captured):
+    assert not early_sums.waits(captured.graph, layout_of(captured.graph, plan_of(captured, name)))
+    large = layers_for_gpus(24, 4096)
+    plan = plan_of(large, name)
+    layout = layout_of(large.graph, plan)
+    computed_at = producers(large.graph)
+    waiting = early_sums.waits(large.graph, layout)
+    gradients = [tensor for wait in waiting for tensor, _ in wait.sums]
+    assert len(set(gradients)) == len(gradients) == 24 - 2 - early_sums.WAITING_PRODUCTS
+    for wait in waiting:
+        assert all(computed_at[tensor] < wait.reader[0] for tensor, _ in wait.sums)
+
+
+def test_activations_leave_memory_before_the_end_of_the_backward_pass(monkeypatch):
+    rows = 1 << 16
+    large = layers_for_gpus(24, 4096, rows)
+    plan = plan_of(large, "ZeRO-1")
+    layout = layout_of(large.graph, plan)
+    early = memory(large.graph, plan.mesh, layout, GPUS.backend).peak
+    monkeypatch.setattr(early_sums, "WAITING_PRODUCTS", 24)
+    late = memory(replace(large.graph), plan.mesh, layout, GPUS.backend).peak
+    assert late - early > 24 // 2 * (rows // GPUS.devices * 4096 * 2)
 
 
 def gathers(captured, plan: Plan, machine=GPUS) -> np.ndarray:
@@ -162,20 +173,22 @@ def test_the_axes_of_a_plan_are_priced(captured):
     )
 
 
+@pytest.mark.parametrize("name", ["ZeRO-3", "ZeRO-1", "data parallel"])
 @pytest.mark.parametrize("size", ["captured", "summed_early"])
-def test_the_step_is_that_of_one_device(size, request, monkeypatch):
+def test_the_step_is_that_of_one_device(name, size, request, monkeypatch):
     captured = request.getfixturevalue(size)
     monkeypatch.setattr(program, "_check_platform", lambda graph, mesh: None)
-    plan = plan_of(captured, "ZeRO-3")
+    plan = plan_of(captured, name)
     step = program.planned_step(captured, plan)
     text = step.lower().as_text()
-    barriers = re.findall(r"stablehlo\.optimization_barrier (?:\{.*\} )?(%\S+), ", text)
-    assert len(barriers) == (LAYERS - 4) + (LAYERS - 3)
-    for slices in barriers:
-        assert f"{slices} = sdy.sharding_constraint" in text, "else XLA slices the gathered copy"
-    waited_for = re.findall(r"stablehlo\.optimization_barrier .* : (.*)", text)
-    early = sum(read.before >= 0 for read in layout_of(captured.graph, plan).reads)
-    assert sum(len(types.split(",")) for types in waited_for) == 2 * len(barriers) + early
+    barriers = re.findall(r"stablehlo\.optimization_barrier .* : (.*)", text)
+    gathers = (LAYERS - 4) + (LAYERS - 3) if name == "ZeRO-3" else 0
+    waiting = early_sums.waits(captured.graph, layout_of(captured.graph, plan))
+    assert len(waiting) == (LAYERS - 2 if size == "summed_early" else 0)
+    assert len(barriers) == gathers + len(waiting)
+    read = re.findall(r"stablehlo\.optimization_barrier (?:\{.*\} )?(%\S+), ", text)
+    slices = [value for value in read if f"{value} = sdy.sharding_constraint" in text]
+    assert len(slices) == gathers, "else XLA slices the gathered copy"
     generator = np.random.default_rng(0)
     state = tuple(
         generator.normal(size=(WIDTH, WIDTH)).astype("float32") / 8 for _ in range(LAYERS)

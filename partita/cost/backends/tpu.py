@@ -36,12 +36,11 @@ import numpy as np
 from partita.cost.backends.accelerator import XlaAccelerator
 from partita.cost.backends.base import Buffers, DimOrder, FusionRules, Kernel, TableAccess
 from partita.cost.sums import LaidOutProgram
-from partita.graph.flat import Reader, readers_of
+from partita.graph.flat import PRODUCTS, Reader, readers_of
 from partita.graph.images import TiledDims, images
 from partita.graph.operator_graph import ITEMSIZE, Instruction, Loop, OperatorGraph, Window
 from partita.plans.layout import local_shape
 
-PRODUCTS = {"dot_general", "convolution"}
 LANES = 128
 """Elements of a tile along the minor dim."""
 SUBLANES = 8
