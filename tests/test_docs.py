@@ -19,10 +19,19 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```python run\n(.*?)```\n(?:\n?```text\n(.*?)```)?", re.S)
 EXAMPLES = [
-    pytest.param(code, output, id=f"{page.name}-{number}")
+    pytest.param(blocks, id=page.name)
     for page in PAGES
-    for number, (code, output) in enumerate(BLOCK.findall(page.read_text()))
+    if (blocks := BLOCK.findall(page.read_text()))
 ]
+RUN_ALL = """
+import sys
+
+for code in sys.argv[2:]:
+    exec(code, {"__name__": "__main__"})
+    print(sys.argv[1])
+"""
+"""Runs programs one after another, each with names of its own, and prints a mark after each."""
+MARK = "-- end of the example --"
 COMMANDS = [
     pytest.param(line, id=line)
     for line in sorted(
@@ -46,22 +55,23 @@ def agree(printed: str, shown: str) -> bool:
     return re.fullmatch(pattern, " ".join(words(printed)), re.S) is not None
 
 
-@pytest.mark.parametrize(("code", "output"), EXAMPLES)
-def test_an_example_runs_as_installed_without_environment_variables(
-    code: str, output: str, installed: Path, tmp_path: Path
+@pytest.mark.parametrize("blocks", EXAMPLES)
+def test_examples_run_as_installed_without_environment_variables(
+    blocks: list[tuple[str, str]], installed: Path, tmp_path: Path
 ) -> None:
     done = subprocess.run(
-        [str(installed), "-c", code],
+        [str(installed), "-c", RUN_ALL, MARK, *(code for code, _ in blocks)],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=400,
         cwd=tmp_path,
         env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
-    assert not output or agree(done.stdout, output), (
-        f"it prints\n{done.stdout}\nand the page shows\n{output}"
-    )
+    for (code, output), printed in zip(blocks, done.stdout.split(MARK), strict=False):
+        assert not output or agree(printed, output), (
+            f"{code}\nprints\n{printed}\nand the page shows\n{output}"
+        )
 
 
 @pytest.mark.parametrize("line", COMMANDS)
