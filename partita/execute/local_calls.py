@@ -235,8 +235,8 @@ def _replica_groups(mesh: Mesh, axes: set[int]) -> np.ndarray:
 def _read_row_major(operation: Any) -> None:
     """Makes an operation read its operand in row-major layout."""
     operand = operation.operands[0]
-    dims = np.arange(len(operand.type.shape), dtype=np.int64)[::-1]
-    layout = ir.DenseElementsAttr.get(np.ascontiguousarray(dims), type=ir.IndexType.get())
+    rank = len(operand.type.shape)
+    layout = ir.Attribute.parse(f"dense<{list(reversed(range(rank)))}> : tensor<{rank}xindex>")
     ordered = ir.Operation.create(
         "stablehlo.custom_call",
         results=[operand.type],
