@@ -71,6 +71,12 @@ def _angle_of(y: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(is_origin, constant, jnp.arctan2(y, jnp.where(is_origin, 1, x)))
 
 
+def _angle(x: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(x):
+        return _angle_of(x.imag, x.real)
+    return jnp.where(x < 0, jnp.pi, 0 * jax.lax.stop_gradient(x))
+
+
 def _x_log_y(x: jax.Array, y: Any) -> jax.Array:
     is_nothing = (x == 0) & ~jnp.isnan(y)
     return jnp.where(is_nothing & (y <= 0), 0, x * jnp.log(jnp.where(is_nothing & (y <= 0), 1, y)))
@@ -161,6 +167,7 @@ DERIVATIVES: dict[str, Callable[..., Any]] = {
     "fmax": _larger,
     "fmin": _smaller,
     "atan2": _angle_of,
+    "angle": _angle,
     "xlogy": _x_log_y,
     "special_xlog1py": _x_log1p_y,
     "copysign": _with_sign,

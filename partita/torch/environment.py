@@ -5,9 +5,10 @@ normalizations, gradients through `torch.detach` and `torch.no_grad`, derivative
 is not smooth (`derivatives`), extremes along a dim, real Fourier transforms, grouped transposed
 convolutions, attention to nothing, embeddings and their bags, classes out of range, some losses,
 distances and norms, average pooling, antialiased and folded images (`images`), searches, random
-numbers (`noise`), solutions of linear systems, tensors made without a device or moved to another
-one. Refused here: custom backward functions, gradients by PyTorch, generators, `tensor.data`, and
-changes in place that another tensor would show, because JAX's arrays share no memory.
+numbers (`noise`), matrices (`matrices`), Fourier transforms (`signals`), tensors made without a
+device or moved to another one. Refused here: custom backward functions, gradients by PyTorch,
+generators, `tensor.data`, and changes in place that another tensor would show, because JAX's arrays
+share no memory.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -27,7 +28,7 @@ import numpy as np
 
 from partita.capture.names import MODULE_SCOPE
 from partita.errors import CaptureError
-from partita.torch import images, noise
+from partita.torch import images, matrices, noise, signals
 from partita.torch.derivatives import DERIVATIVES, absolute, power_base
 from partita.torch.extra import Package
 from partita.torch.recurrent import CELLS, network
@@ -125,6 +126,9 @@ def environment() -> Environment:
                 return _requires_gradient(args[0])
             if func == torch.Tensor.data.__get__ and is_traced(args[0]):
                 return args[0].data
+            is_switch = name == "requires_grad_" or func == torch.Tensor.requires_grad.__set__
+            if is_switch and is_traced(args[0]):
+                return _switch_gradient(*args, **kwargs)
             leaves = torch_tree.tree_leaves((args, kwargs))
             traced = [leaf for leaf in leaves if is_traced(leaf)]
             tensors = [_owner(leaf) for leaf in traced]
@@ -137,8 +141,10 @@ def environment() -> Environment:
             except torchax.OperatorNotFound:
                 if traced or not isinstance(func, torch._ops.OpOverload):
                     raise
-                # a window or frequencies: PyTorch makes what depends on no tensor of the step
-                result = self.to_xla(func(*args, **{**kwargs, "device": "cpu"}))
+                # a window, or a question about dtypes: it depends on no tensor of the step
+                if any(argument.name == "device" for argument in func._schema.arguments):
+                    kwargs = {**kwargs, "device": "cpu"}
+                result = self.to_xla(func(*args, **kwargs))
             if is_traced(target) and name not in _SETTERS:
                 result = _written(
                     name, target, result, before[[id(x) for x in traced].index(id(target))]
@@ -149,9 +155,7 @@ def environment() -> Environment:
             _mark_views(name, args, result)
             if not torch.is_grad_enabled():
                 return _without_gradients(result, traced, tensors, before)
-            if name == "requires_grad_":
-                require_gradients(target, *args[1:], **kwargs)
-            elif any(map(_requires_gradient, leaves)) and not _is_new(name):
+            if any(map(_requires_gradient, leaves)) and not _is_new(name):
                 torch_tree.tree_map_only(torch.Tensor, require_gradients, result)
             return result
 
@@ -204,6 +208,28 @@ def _replacements() -> Iterator[tuple[Any, Callable[..., Any]]]:
     for take in (torch.take_along_dim, torch.Tensor.take_along_dim):
         yield take, _take_along
     yield torch.Tensor.new_tensor, _new_tensor
+    yield torch.ops.aten.mean, _mean
+    yield torch.ops.aten.logcumsumexp, _running_logarithm
+    yield torch.ops.aten.rrelu_with_noise, _leaky_at_random
+    yield torch.Tensor.fill_diagonal_, _with_diagonal
+    for repeat in ("self_int", "self_Tensor"):
+        yield getattr(torch.ops.aten.repeat_interleave, repeat), _repeated
+    for operation, function in {
+        torch.angle: DERIVATIVES["angle"],
+        torch.ops.aten._linalg_det: matrices.determinant,
+        torch.ops.aten._linalg_slogdet: matrices.sign_and_logarithm,
+        torch.logdet: matrices.log_determinant,
+        torch.ops.aten.linalg_householder_product: matrices.reflections,
+        torch.cov: matrices.covariance,
+        torch.Tensor.cov: matrices.covariance,
+        torch.ops.aten.adaptive_max_pool2d: images.adaptive_maximum,
+        torch.ops.aten.adaptive_max_pool3d: images.adaptive_maximum,
+    }.items():
+        yield operation, functools.partial(_of_arrays, function)
+    for transform in (torch.stft, torch.Tensor.stft):
+        yield transform, functools.partial(_short_fourier, torch.stft)
+    for inverse in (torch.istft, torch.Tensor.istft):
+        yield inverse, _inverse_short_fourier
     yield torch.ops.aten.mT, functools.partial(_of_arrays, jnp.matrix_transpose)
     yield torch.ops.aten.max.default, functools.partial(_of_arrays, DERIVATIVES["amax"])
     yield torch.ops.aten.min.default, functools.partial(_of_arrays, DERIVATIVES["amin"])
@@ -300,7 +326,7 @@ def _on_jax(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 # ------------------------------------------------------------------------------ changes in place
 
-_SETTERS = ("requires_grad_", "retain_grad_", "copy_", "set_")
+_SETTERS = ("retain_grad_", "copy_", "set_")
 """Changes in place that may leave the values as they are."""
 # fmt: off
 _VIEWS = frozenset((
@@ -426,6 +452,18 @@ def require_gradients(value: Any, requires_grad: bool = True) -> None:
     """Sets what `value.requires_grad` is; a view follows its tensor, and integers have none."""
     if isinstance(value, torchax.Tensor) and value.dtype.is_floating_point:
         value._requires_gradient = requires_grad
+
+
+def _switch_gradient(tensor: Any, requires_grad: bool = True) -> Any:
+    """`tensor.requires_grad_()`: operations from here on have its gradient, or have none."""
+    leaf = _owner(tensor)
+    if requires_grad:
+        leaf._elem = vars(leaf).pop("_differentiable", leaf._elem)
+    elif _requires_gradient(leaf):
+        leaf._differentiable = leaf._elem
+        leaf._elem = jax.lax.stop_gradient(leaf._elem)
+    require_gradients(leaf, requires_grad)
+    return tensor
 
 
 def _is_new(name: str) -> bool:
@@ -1077,6 +1115,99 @@ def _new_tensor(input: Tensor, data: Any, *, dtype: Any = None, **options: Any) 
     return torch.tensor(data, dtype=dtype or input.dtype)
 
 
+def _mean(input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+    """`torch.mean`; torchax takes no dtype."""
+    values = (input if dtype is None else input.to(dtype)).jax()
+    all_dims = dim is None or dim == [] or values.ndim == 0
+    return _tensor(jnp.mean(values, None if all_dims else dim, keepdims=keepdim))
+
+
+def _running_logarithm(input: Tensor, dim: int) -> Tensor:
+    """`torch.logcumsumexp`; torchax fails on dims below 0."""
+    values = input.jax()
+    return _tensor(jax.lax.cumlogsumexp(values, dim % values.ndim)) if values.ndim else input
+
+
+def _repeated(
+    input: Tensor, repeats: Any, dim: int | None = None, *, output_size: int | None = None
+) -> Tensor:
+    """`torch.repeat_interleave`; torchax takes no size of the output."""
+    return _tensor(jnp.repeat(*unwrapped((input, repeats)), dim, total_repeat_length=output_size))
+
+
+def _with_diagonal(input: Tensor, fill_value: float, wrap: bool = False) -> Tensor:
+    """The result of `fill_diagonal_`, which PyTorch writes by a view of the diagonal."""
+    first, *others = np.indices(input.shape)
+    if wrap and input.dim() == 2:
+        first = first % (input.shape[1] + 1)
+    is_diagonal = np.logical_and.reduce([first == other for other in others])
+    return _tensor(jnp.where(is_diagonal, fill_value, input.jax()).astype(input.jax().dtype))
+
+
+def _leaky_at_random(
+    input: Tensor,
+    noise: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    generator: Any = None,
+) -> Tensor:
+    """`torch.nn.functional.rrelu`."""
+    values = input.jax()
+    slopes: Any = (lower + upper) / 2
+    if training:
+        key = environment().get_and_rotate_prng_key(generator)
+        slopes = jax.random.uniform(key, values.shape, values.dtype, lower, upper)
+    return _tensor(jnp.where(values > 0, values, values * slopes))
+
+
+def _short_fourier(
+    run: Any,
+    input: Tensor,
+    n_fft: int,
+    hop_length: int | None = None,
+    win_length: int | None = None,
+    window: Tensor | None = None,
+    *args: Any,
+    **options: Any,
+) -> Tensor:
+    """`torch.stft`, which writes a short window into a part of zeros."""
+    if win_length is not None and win_length < n_fft:
+        values = jnp.ones(win_length) if window is None else window.jax()
+        window = _tensor(signals.centered(values, n_fft))
+    return run(input, n_fft, hop_length or n_fft // 4, n_fft, window, *args, **options)
+
+
+def _inverse_short_fourier(
+    input: Tensor,
+    n_fft: int,
+    hop_length: int | None = None,
+    win_length: int | None = None,
+    window: Tensor | None = None,
+    center: bool = True,
+    normalized: bool = False,
+    onesided: bool | None = None,
+    length: int | None = None,
+    return_complex: bool = False,
+) -> Tensor:
+    """`torch.istft`; not a number where the windows are 0 and PyTorch raises."""
+    values = jnp.ones(win_length or n_fft) if window is None else window.jax()
+    if onesided is None:
+        onesided = input.shape[-2] != n_fft
+    return _tensor(
+        signals.waves(
+            input.jax(),
+            signals.centered(values, n_fft),
+            hop_length or n_fft // 4,
+            center,
+            "ortho" if normalized else "backward",
+            onesided,
+            return_complex,
+            length,
+        )
+    )
+
+
 def _take_along(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
     """`torch.take_along_dim`, which refuses the indices of 32 bits that JAX makes."""
     return _tensor(jnp.take_along_axis(input.jax(), indices.jax(), dim))
@@ -1245,6 +1376,15 @@ def _refused_extensions() -> Iterator[None]:
             reads.add((id(module), name))
         return value
 
+    functional = torch.nn.functional
+    hand_over = functional.handle_torch_function
+
+    def hand_over_all(function: Any, relevant: Any, *args: Any, **kwargs: Any) -> Any:
+        if function is functional.l1_loss and relevant[2] is not None:
+            # PyTorch 2.10 leaves it out
+            kwargs["weight"] = relevant[2]
+        return hand_over(function, relevant, *args, **kwargs)
+
     set_item = torchax.Tensor.__setitem__
 
     def set_checked(tensor: Any, key: Any, value: Any) -> None:
@@ -1260,6 +1400,7 @@ def _refused_extensions() -> Iterator[None]:
     replaced: Sequence[tuple[Any, str, Any]] = (
         (normalization, "forward", normalize),
         (torch.nn.Module, "__getattribute__", read_attribute),
+        (functional, "handle_torch_function", hand_over_all),
         (torchax.Tensor, "__setitem__", set_checked),
         (torchax.Tensor, "flatten", torch.Tensor.flatten),
         (torchax.Tensor, "detach", torch.Tensor.detach),

@@ -90,3 +90,22 @@ def folded(
             ]
             result = result.at[:, :, *places].add(patches[:, :, row, column])
     return result[:, :, padding[0] : padding[0] + size[0], padding[1] : padding[1] + size[1]]
+
+
+def adaptive_maximum(values: jax.Array, output_size: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """`adaptive_max_pool2d` and its like: the maximum of each window of the last dims, with the
+    gradient of its first element, and its place among all."""
+    sizes = values.shape[-len(output_size) :]
+    outer = values.shape[: -len(output_size)]
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    maxima = []
+    places = []
+    for corner in np.ndindex(*output_size):
+        spans = zip(corner, sizes, output_size, strict=True)
+        window = tuple(slice(i * n // m, -(-(i + 1) * n // m)) for i, n, m in spans)
+        elements = values[(..., *window)].reshape(*outer, -1)
+        first = jnp.argmax(elements, axis=-1)
+        maxima.append(jnp.take_along_axis(elements, first[..., None], axis=-1)[..., 0])
+        places.append(jnp.asarray(numbers[window].ravel())[first])
+    shape = (*outer, *output_size)
+    return jnp.stack(maxima, -1).reshape(shape), jnp.stack(places, -1).reshape(shape)

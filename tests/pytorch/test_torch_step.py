@@ -279,6 +279,14 @@ def _changed(parameter: Any, change: Callable[[Any], Any]) -> Any:
     return y
 
 
+def _frozen(parameter: Any) -> Any:
+    """Twice a parameter, without its gradient."""
+    parameter.requires_grad_(False)
+    y = parameter * 2
+    parameter.requires_grad = True
+    return y
+
+
 def _row_without_gradient(y: Any) -> None:
     with torch.no_grad():
         y[0] = 2.0
@@ -363,6 +371,34 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "row without gradient": lambda p: _changed(p, _row_without_gradient),
     "density": lambda p: torch.distributions.Normal(p, p.abs() + 1).log_prob(p.detach()),
     "taken": lambda p: p.take_along_dim(p.argsort(1, descending=True)[:, :3], 1),
+    "determinants": lambda p: (
+        p[:, :3].det()
+        + torch.slogdet(p[:, 1:4])[1]
+        + p[:, 2:5].slogdet().logabsdet
+        + torch.logdet(p[:1, :1] - p[:1, :1].detach() - 1).nan_to_num(5)
+    ),
+    "reflected": lambda p: torch.linalg.householder_product(p.mT.tril(-1), p[:, 0]),
+    "angles": lambda p: torch.complex(p, p.roll(1)).angle() + torch.angle(p - p.detach()),
+    "covariances": lambda p: torch.cov(p, correction=0) + p.cov(),
+    "mean of a dtype": lambda p: torch.mean(p > 0, -1, dtype=p.dtype) * p.mean(1, dtype=p.dtype),
+    "running logarithm": lambda p: p * torch.logcumsumexp(p.detach(), -1),
+    "diagonal": lambda p: _changed(p, lambda y: y.fill_diagonal_(2.0)),
+    "wrapped diagonal": lambda p: _changed(p.view(8, 3), lambda y: y.fill_diagonal_(2.0, True)),
+    "repeated": lambda p: p.repeat_interleave(torch.tensor([2, 0, 1]), 0, output_size=3),
+    "short window": lambda p: torch.view_as_real(
+        torch.stft(p.view(24), 8, 2, 4, torch.ones(4), return_complex=True)
+    ),
+    "waves": lambda p: torch.istft(
+        torch.view_as_complex(p.view(3, 4, 2)), 4, 2, 3, torch.ones(3), normalized=True, length=5
+    ),
+    "adaptive maximum": lambda p: (
+        functional.adaptive_max_pool2d(p.view(1, 3, 2, 4), (2, 3))
+        * functional.adaptive_max_pool1d(p, 3, return_indices=True)[1][:, None]
+    ),
+    "weighted sizes": lambda p: functional.l1_loss(p, p.detach() + 1, weight=p.detach().abs()),
+    "leaks of a range": lambda p: functional.rrelu(p, 0.2, 0.4),
+    "question about dtypes": lambda p: p + torch.can_cast(torch.float32, torch.float64),
+    "frozen for a while": lambda p: _frozen(p) + p,
     "rest": lambda p: functional.avg_pool2d(p.view(1, 3, 2, 4), 2, 3, 1, divisor_override=3),
 }
 
@@ -414,6 +450,7 @@ DRAWS: dict[str, Callable[[Any], Any]] = {
         ones.view(-1, 4)[:, :3] * torch.tensor([1.0, 2.0, 3.0]), 2
     ).float(),
     "trunc_normal_": lambda ones: nn.init.trunc_normal_(torch.empty_like(ones), 1, 0.5, 0.5, 2.0),
+    "leaks": lambda ones: functional.rrelu(-ones, training=True),
     "gumbel": lambda ones: functional.gumbel_softmax(ones.view(-1, 2)),
 }
 
