@@ -28,7 +28,7 @@ import numpy as np
 
 from partita.capture.names import MODULE_SCOPE
 from partita.errors import CaptureError
-from partita.torch import images, matrices, noise, signals
+from partita.torch import alignments, images, matrices, noise, signals
 from partita.torch.derivatives import DERIVATIVES, absolute, power_base
 from partita.torch.extra import Package
 from partita.torch.recurrent import CELLS, network
@@ -119,6 +119,8 @@ def environment() -> Environment:
         def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
             name = _name_of(func)
             args, kwargs = _on_jax(name, *self._with_stand_ins(args, kwargs or {}))
+            if func == torch.Tensor.__getitem__:
+                args = (args[0], _index(args[1]))
             is_in_place = name.endswith("_") and not name.startswith("__")
             if torch.is_grad_enabled() and not is_in_place:
                 args, kwargs = torch_tree.tree_map_only(torchax.View, _stopped, (args, kwargs))
@@ -188,6 +190,8 @@ def _replacements() -> Iterator[tuple[Any, Callable[..., Any]]]:
     for loss in (functional.cross_entropy, functional.nll_loss):
         yield loss, functools.partial(_loss_of_classes, loss)
     yield torch.linalg.solve, _solve
+    for loss in (functional.ctc_loss, torch.ctc_loss):
+        yield loss, _alignment_loss
     yield functional.multilabel_margin_loss, _multilabel_margin_loss
     yield functional.gaussian_nll_loss, _gaussian_nll_loss
     yield torch.ops.aten.binary_cross_entropy, _binary_cross_entropy
@@ -212,8 +216,7 @@ def _replacements() -> Iterator[tuple[Any, Callable[..., Any]]]:
     yield torch.ops.aten.logcumsumexp, _running_logarithm
     yield torch.ops.aten.rrelu_with_noise, _leaky_at_random
     yield torch.Tensor.fill_diagonal_, _with_diagonal
-    for repeat in ("self_int", "self_Tensor"):
-        yield getattr(torch.ops.aten.repeat_interleave, repeat), _repeated
+    yield torch.repeat_interleave, _repeated
     for operation, function in {
         torch.angle: DERIVATIVES["angle"],
         torch.ops.aten._linalg_det: matrices.determinant,
@@ -322,6 +325,24 @@ def _on_jax(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         return tensor if is_traced(tensor) else environment().to_xla(tensor)
 
     return torch_tree.tree_map_only(torch.Tensor, convert, (args, kwargs))
+
+
+def _index(key: Any) -> Any:
+    """An index as torchax takes it: ranges and NumPy's arrays as lists, which select copies."""
+
+    def part_of(value: Any) -> Any:
+        if isinstance(value, range):
+            return list(value)
+        if isinstance(value, np.ndarray):
+            return value.tolist()
+        is_constant = isinstance(value, torch.Tensor) and not is_traced(value)
+        return environment().to_xla(value) if is_constant else value
+
+    if isinstance(key, tuple):
+        return tuple(map(part_of, key))
+    are_numbers = isinstance(key, list) and all(isinstance(number, int) for number in key)
+    is_row = are_numbers or isinstance(key, (range, np.ndarray))
+    return (part_of(key),) if is_row else part_of(key)
 
 
 # ------------------------------------------------------------------------------ changes in place
@@ -860,6 +881,29 @@ def _reduced(losses: Tensor, reduction: str | int) -> Tensor:
     return losses.mean() if reduction in ("mean", 1) else losses.sum()
 
 
+def _alignment_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: int = 0,
+    reduction: str | int = "mean",
+    zero_infinity: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.ctc_loss`."""
+    logarithms, labels, *given = unwrapped((log_probs, targets, input_lengths, target_lengths))
+    is_single = logarithms.ndim == 2
+    if is_single:
+        logarithms = logarithms[:, None]
+    sizes, counts = (jnp.atleast_1d(jnp.asarray(lengths)) for lengths in given)
+    losses = alignments.alignment_losses(logarithms, labels, sizes, counts, blank)
+    if zero_infinity:
+        losses = jnp.where(jnp.isinf(losses), 0, losses)
+    if reduction in ("mean", 1):
+        losses = losses / jnp.maximum(counts, 1)
+    return _reduced(_tensor(losses[0] if is_single else losses), reduction)
+
+
 def _gaussian_nll_loss(
     input: Tensor,
     target: Tensor,
@@ -1129,10 +1173,13 @@ def _running_logarithm(input: Tensor, dim: int) -> Tensor:
 
 
 def _repeated(
-    input: Tensor, repeats: Any, dim: int | None = None, *, output_size: int | None = None
+    input: Tensor, repeats: Any = None, dim: int | None = None, *, output_size: int | None = None
 ) -> Tensor:
     """`torch.repeat_interleave`; torchax takes no size of the output."""
-    return _tensor(jnp.repeat(*unwrapped((input, repeats)), dim, total_repeat_length=output_size))
+    values, times = unwrapped((input, repeats))
+    if times is None:
+        values, times = jnp.arange(len(values)), values
+    return _tensor(jnp.repeat(values, times, dim, total_repeat_length=output_size))
 
 
 def _with_diagonal(input: Tensor, fill_value: float, wrap: bool = False) -> Tensor:
@@ -1392,7 +1439,7 @@ def _refused_extensions() -> Iterator[None]:
         if isinstance(value, torch.Tensor) and not is_traced(value):
             value = environment().to_xla(value)
         before = tensor.jax()
-        set_item(tensor, key, value)
+        set_item(tensor, _index(key), value)
         _note_change(tensor)
         if not torch.is_grad_enabled():
             tensor._elem = _with_gradient_of(tensor.jax(), before)

@@ -287,6 +287,16 @@ def _frozen(parameter: Any) -> Any:
     return y
 
 
+LABELS = torch.tensor([0, 5, 2])
+"""A column of each of three rows."""
+
+
+def _set_items(y: Any) -> None:
+    y[range(3), LABELS] = y[torch.arange(3), LABELS] * 3
+    y[[0, 2]] = y[[2, 0]] * 2
+    y[np.array([1])] = 4.0
+
+
 def _row_without_gradient(y: Any) -> None:
     with torch.no_grad():
         y[0] = 2.0
@@ -384,7 +394,10 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "running logarithm": lambda p: p * torch.logcumsumexp(p.detach(), -1),
     "diagonal": lambda p: _changed(p, lambda y: y.fill_diagonal_(2.0)),
     "wrapped diagonal": lambda p: _changed(p.view(8, 3), lambda y: y.fill_diagonal_(2.0, True)),
-    "repeated": lambda p: p.repeat_interleave(torch.tensor([2, 0, 1]), 0, output_size=3),
+    "repeated": lambda p: (
+        torch.repeat_interleave(p, torch.tensor([2, 0, 1]), 0, output_size=3)
+        + p[torch.repeat_interleave(torch.tensor([2, 0, 1]), output_size=3)]
+    ),
     "short window": lambda p: torch.view_as_real(
         torch.stft(p.view(24), 8, 2, 4, torch.ones(4), return_complex=True)
     ),
@@ -396,6 +409,19 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
         * functional.adaptive_max_pool1d(p, 3, return_indices=True)[1][:, None]
     ),
     "weighted sizes": lambda p: functional.l1_loss(p, p.detach() + 1, weight=p.detach().abs()),
+    "alignments": lambda p: functional.ctc_loss(
+        p.view(4, 2, 3).log_softmax(-1),
+        torch.tensor([[1, 1], [2, 0]]),
+        (4, 3),
+        (2, 1),
+        reduction="none",
+    ),
+    "alignments of a row": lambda p: functional.ctc_loss(
+        p.view(4, 2, 3), torch.tensor([1, 1, 2]), (2, 4), (2, 1), zero_infinity=True
+    ),
+    "rows of a range": lambda p: p[range(3), LABELS] + p[range(0, 3, 2)].sum() + p[:, range(3)],
+    "copies by NumPy": lambda p: _changed(p, lambda y: y[np.arange(2)].mul_(2)),
+    "items of constants": lambda p: _changed(p, _set_items),
     "leaks of a range": lambda p: functional.rrelu(p, 0.2, 0.4),
     "question about dtypes": lambda p: p + torch.can_cast(torch.float32, torch.float64),
     "frozen for a while": lambda p: _frozen(p) + p,
