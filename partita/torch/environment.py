@@ -212,6 +212,7 @@ def _replacements() -> Iterator[tuple[Any, Callable[..., Any]]]:
     for take in (torch.take_along_dim, torch.Tensor.take_along_dim):
         yield take, _take_along
     yield torch.Tensor.new_tensor, _new_tensor
+    yield torch.asarray, functools.partial(_as_array, torch.asarray)
     yield torch.ops.aten.mean, _mean
     yield torch.ops.aten.logcumsumexp, _running_logarithm
     yield torch.ops.aten.rrelu_with_noise, _leaky_at_random
@@ -276,6 +277,8 @@ _ORDERS = {
     "randn": ("size",),
     "randint": ("low", "high", "size"),
     "linear": ("input", "weight", "bias"),
+    "linalg_det": ("A",),
+    "linalg_slogdet": ("A",),
     "linalg_solve": ("A", "B"),
     "linalg_svd": ("A",),
 }
@@ -357,7 +360,7 @@ _VIEWS = frozenset((
     "slice", "narrow", "chunk", "split", "split_with_sizes", "unsafe_chunk", "unsafe_split",
     "unsafe_split_with_sizes", "hsplit", "vsplit", "dsplit", "tensor_split", "unbind", "diagonal",
     "unfold", "as_strided", "atleast_1d", "atleast_2d", "atleast_3d", "real", "imag", "conj",
-    "_conj", "view_as_real", "view_as_complex", "detach", "alias", "__get__",
+    "_conj", "view_as_real", "view_as_complex", "detach", "alias", "asarray", "__get__",
 ))
 # fmt: on
 """Operations whose results share the memory of their first argument in PyTorch."""
@@ -399,7 +402,9 @@ class _Memory:
 
 def _mark_views(name: str, args: Any, result: Any) -> None:
     """Notes in the results of a view which tensors PyTorch would change with them."""
-    if name not in _VIEWS or not args or not is_traced(args[0]):
+    if not args or not is_traced(args[0]):
+        return
+    if name not in _VIEWS and not (name == "__getitem__" and _selects_view(args[1])):
         return
     base = _owner(args[0])
     leaves = [leaf for leaf in torch_tree.tree_leaves(result) if isinstance(leaf, torchax.Tensor)]
@@ -407,6 +412,17 @@ def _mark_views(name: str, args: Any, result: Any) -> None:
     split = object() if len(views) > 1 else None
     for view in views:
         _share(base, view, split)
+
+
+def _selects_view(key: Any) -> bool:
+    """Whether an index has no tensors but numbers, for which PyTorch takes those without dims."""
+    parts = key if isinstance(key, tuple) else (key,)
+    return all(
+        (x.dim() == 0 and x.dtype in (torch.int8, torch.int16, torch.int32, torch.int64))
+        if is_traced(x)
+        else isinstance(x, (int, slice, type(None), type(...)))
+        for x in parts
+    )
 
 
 def _share(base: Tensor, view: Tensor, split: object = None) -> None:
@@ -489,7 +505,7 @@ def _switch_gradient(tensor: Any, requires_grad: bool = True) -> Any:
 
 def _is_new(name: str) -> bool:
     """Whether a result of the operation requires no gradient, whatever its arguments do."""
-    return name.startswith(("detach", "new_")) or name.endswith("_like")
+    return name.startswith(("detach", "asarray", "new_")) or name.endswith("_like")
 
 
 def _without_gradients(
@@ -1157,6 +1173,19 @@ def _searchsorted(
 def _new_tensor(input: Tensor, data: Any, *, dtype: Any = None, **options: Any) -> Tensor:
     """`new_tensor`; torchax makes one without values."""
     return torch.tensor(data, dtype=dtype or input.dtype)
+
+
+def _as_array(
+    run: Any, obj: Any, *, requires_grad: bool = False, copy: Any = None, **options: Any
+) -> Any:
+    """`torch.asarray`, which leaves out the gradient of a tensor."""
+    if not is_traced(obj):
+        return run(obj, **options)
+    dtype = options.get("dtype")
+    result = obj if dtype is None else obj.to(dtype)
+    if copy:
+        result = result.clone()
+    return result if requires_grad else _detach(result)
 
 
 def _mean(input: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:

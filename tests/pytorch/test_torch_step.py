@@ -382,7 +382,9 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "density": lambda p: torch.distributions.Normal(p, p.abs() + 1).log_prob(p.detach()),
     "taken": lambda p: p.take_along_dim(p.argsort(1, descending=True)[:, :3], 1),
     "determinants": lambda p: (
-        p[:, :3].det()
+        torch.linalg.det(A=p[:, :3])
+        + p[:, :3].det()
+        + torch.linalg.slogdet(A=p[:, :3])[1]
         + torch.slogdet(p[:, 1:4])[1]
         + p[:, 2:5].slogdet().logabsdet
         + torch.logdet(p[:1, :1] - p[:1, :1].detach() - 1).nan_to_num(5)
@@ -422,6 +424,7 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     "rows of a range": lambda p: p[range(3), LABELS] + p[range(0, 3, 2)].sum() + p[:, range(3)],
     "copies by NumPy": lambda p: _changed(p, lambda y: y[np.arange(2)].mul_(2)),
     "items of constants": lambda p: _changed(p, _set_items),
+    "array without gradient": lambda p: p * torch.asarray(p[:1]) + torch.asarray(2.0),
     "leaks of a range": lambda p: functional.rrelu(p, 0.2, 0.4),
     "question about dtypes": lambda p: p + torch.can_cast(torch.float32, torch.float64),
     "frozen for a while": lambda p: _frozen(p) + p,
@@ -692,6 +695,18 @@ class Bags(Branches):
         return functional.embedding_bag(words, self.dense.weight.T, torch.arange(16))
 
 
+class RowOfTensor(nn.Linear):
+    """Changes a row of a tensor, which PyTorch selects as by a number."""
+
+    def __init__(self) -> None:
+        super().__init__(12, CLASSES)
+
+    def forward(self, x: Any) -> Any:
+        y = super().forward(x)
+        y[torch.tensor(1), 2:].mul_(2)
+        return y
+
+
 class View(Branches):
     def forward(self, x: Any) -> Any:
         y = self.dense(x)
@@ -749,6 +764,7 @@ REFUSED = {
     "changes a view in place": (View, sgd),
     "changes a view in place and then reads its tensor": (DetachedBuffer, sgd),
     "reads its tensor, or the reverse": (Reshaped, sgd),
+    "Change the tensor itself by an index": (RowOfTensor, sgd),
     "bags of several lengths": (Bags, sgd),
     "draws from a generator": (Generated, sgd),
     "JAX's tensors have no torch.func": (Mapped, sgd),
