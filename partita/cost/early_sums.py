@@ -2,8 +2,8 @@
 
 XLA:GPU's scheduler would delay the gradients of weights and their sums to the end of the backward
 pass (LatencyHidingScheduler), and the activations that those gradients read would stay in memory.
-So sums of `COMBINED_BYTES` wait for each other, and a later product of the backward pass for them.
-The annotated program has a barrier there.
+So gradients are summed in groups of at least `COMBINED_BYTES`, and a later product of the backward
+pass waits for each group: the annotated program has a barrier there.
 """
 
 from __future__ import annotations
