@@ -45,6 +45,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         last_freeze = time.monotonic()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs the tests that start processes first: the short ones after them end together."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_processes() -> None:
     """Hides scikit-learn from processes that tests start. It is a fifth of what they import."""
