@@ -124,7 +124,7 @@ def fusion(
     `split_rows` are reductions whose rows are spread over devices.
     """
     split = {i for i in split_rows if _sums_rows(graph.instructions[i])}
-    if split and rules.row_kernels:
+    if split and rules.longest_row:
         return _fusion(IdentityKey(graph), rules, frozenset(split))
     whole = _with_whole_rows(graph)
     if rules not in whole:
@@ -303,7 +303,7 @@ class _Fuser:
             if stays_single and self._is_shared(candidate, inside):
                 continue
             reused = self._is_reused(candidate, inside)
-            if self.rules.row_kernels and self._name(candidate) == "reduce":
+            if self._name(candidate) == "reduce" and self._has_short_rows(candidate):
                 reused = False
             if reused and expensive:
                 continue
@@ -466,8 +466,6 @@ class _Fuser:
 
     def _ends_row_kernel(self, i: int) -> bool:
         """Whether an instruction reads a whole row and its sum, as the division of a softmax."""
-        if not self.rules.row_kernels:
-            return False
         return any(self._comes_from_row_sum(source) for source in self.producers[i])
 
     def _comes_from_row_sum(self, source: int) -> bool:
@@ -475,7 +473,13 @@ class _Fuser:
         while self._name(source) in SHAPES and self.producers[source]:
             source = self.producers[source][0]
         is_row_sum = self._name(source) == "reduce" and self.fusible[source]
-        return is_row_sum and source not in self.split_rows
+        return is_row_sum and source not in self.split_rows and self._has_short_rows(source)
+
+    def _has_short_rows(self, reduction: int) -> bool:
+        """Whether a kernel may compute the rows of a reduction whole."""
+        operand, *_ = self.graph.instructions[reduction].operands
+        most = self.rules.longest_row * self.elements[reduction]
+        return self.graph.tensors[operand].size <= most
 
     def _name(self, i: int) -> str:
         return self.graph.instructions[i].name

@@ -77,19 +77,20 @@ def test_a_softmax_is_one_kernel_where_kernels_compute_rows():
     division = next(i for i, x in enumerate(graph.instructions) if x.name == "divide")
     sums = frozenset(i for i, x in enumerate(graph.instructions) if x.name == "reduce")
 
-    def kernels(row_kernels, split_rows=frozenset()):
-        rules = FusionRules(False, True, reads_written=True, row_kernels=row_kernels)
+    def kernels(longest_row, split_rows=frozenset()):
+        rules = FusionRules(False, True, reads_written=True, longest_row=longest_row)
         return fusion(graph, rules, split_rows).kernels
 
     def sums_inside(kernel):
         return len(sums & set(kernel))
 
     # The maximum of a row and its sum are in the kernel of the division, which argmax reads.
-    assert sums_inside(kernels(True)[division]) == 2
-    # Elsewhere each reader divides again.
-    assert division not in kernels(False)
+    assert sums_inside(kernels(64)[division]) == 2
+    # Longer rows have several kernels, and each reader divides again.
+    assert division not in kernels(63)
+    assert division not in kernels(0)
     # Rows that are spread over devices have no such kernel.
-    assert division not in kernels(True, split_rows=sums)
+    assert division not in kernels(64, split_rows=sums)
 
 
 def test_products_may_compute_their_operands():

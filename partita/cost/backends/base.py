@@ -29,9 +29,9 @@ class FusionRules:
     reads_written: bool
     """A value that one of its readers needs in memory is read by all of them. If False: others
     compute it again where that is cheap."""
-    row_kernels: bool = False
-    """A kernel computes whole rows: it takes in a sum over the minor dim that only it reads, as in
-    a softmax."""
+    longest_row: int = 0
+    """Elements of a row that a kernel computes whole, at most: it takes in a sum over the minor dim
+    that only it reads, as in a softmax."""
     fuses_operands: bool = False
     """A product or a convolution computes its operands, even those that others read too."""
     repeats_differences: bool = False

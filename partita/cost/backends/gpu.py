@@ -15,6 +15,9 @@ HOPPER_WORK_SPACE_BYTES = 32 << 20
 cublasSetWorkspace."""
 HOPPER = 9
 """Major number of its compute capability."""
+LONGEST_ROW = 1 << 14
+"""Elements of a row that Triton's kernels take, at most: softmaxes of 16,384 elements are one
+kernel, of 20,000 are several."""
 LONGEST_CHAIN = 24
 """Instructions: a GELU by exponentials has 10 to 15, an error function 40."""
 SMALLEST_CUBLAS_PRODUCT = 100
@@ -36,7 +39,8 @@ class XlaGpu(XlaAccelerator):
         """Those of its priority fusion.
 
         It fuses a producer into all of its readers, or writes it, and computes slow elementwise
-        instructions again. A softmax is one kernel (SoftmaxRewriterTriton). Queries, keys and
+        instructions again. A softmax is one kernel
+        if its rows are short enough (SoftmaxRewriterTriton). Queries, keys and
         values are one product (DotMerger). cuBLAS adds a product to a sum (GemmRewriter). The code
         of an error function is too long to be computed again, that of other functions is not. cuDNN
         has a call for input gradients, which reads the kernel as it is (ConvRewriter).
@@ -45,7 +49,7 @@ class XlaGpu(XlaAccelerator):
             duplicates=False,
             cheap_elementwise=True,
             reads_written=True,
-            row_kernels=True,
+            longest_row=LONGEST_ROW,
             repeats_differences=True,
             reads_reversed=True,
             merges_products=True,
