@@ -162,7 +162,8 @@ def early_sums(graph: OperatorGraph, layout: Layout) -> dict[int, EarlySum]:
     """Gradient -> its sum, for those for which products wait.
 
     The scheduler goes backward from that product: the sums follow each other, a product of the
-    backward pass beside each, and a gradient is computed just before its sum begins.
+    backward pass beside each, and a gradient is computed just before its sum begins. Gradients of
+    less than `COMBINED_BYTES` together are one sum.
     """
     producer = producers(graph)
     groups: dict[int, set[int]] = defaultdict(set)
@@ -173,10 +174,13 @@ def early_sums(graph: OperatorGraph, layout: Layout) -> dict[int, EarlySum]:
     for end, tensors in groups.items():
         times = products[: bisect_right(products, end)]
         computed = summed = end
+        nbytes = 0
         for tensor in sorted(tensors, key=producer.__getitem__, reverse=True):
             source = producer[tensor]
             sums[tensor] = EarlySum(max(source, computed), max(source, summed))
-            if graph.instructions[source].name in PRODUCTS and len(times) > 1:
+            nbytes += graph.tensors[tensor].nbytes
+            if nbytes >= COMBINED_BYTES and len(times) > 1:
                 times.pop()
                 computed, summed = times[-1], computed
+                nbytes = 0
     return sums

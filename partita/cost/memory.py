@@ -382,7 +382,9 @@ class _Allocator:
             for value in group
         }
         """Gradient -> the instruction at which it is summed with those that wait for each other."""
-        for tensor, total in early_sums(graph, layout).items():
+        self.early = early_sums(graph, layout)
+        """Gradients for whose sums products wait."""
+        for tensor, total in self.early.items():
             self.meeting[tensor] = total.summed
         self.entries: list[tuple[int, int, int, int, int, int]] = []
 
@@ -634,8 +636,8 @@ class _Allocator:
         """Adds the sums of gradients that wait for a combined all-reduce.
 
         At the all-reduce every gradient is in memory twice: as computed, and summed. If all-reduces
-        have a largest size, they follow each other. XLA joins the operands of one in a buffer, sums
-        in place (all-reduce-start), and drops the operands.
+        have a largest size, they follow each other, as do those that products wait for. XLA joins
+        the operands of one in a buffer, sums in place (all-reduce-start), and drops the operands.
         The slices that a reduce-scatter leaves are reshards.
         """
         limit = self.compiler.combined_sum_bytes
@@ -644,7 +646,7 @@ class _Allocator:
             part = min(1.0, limit / max(sum(value.nbytes for value in summed), 1))
             for value in summed:
                 meeting = self.meeting[value.tensor]
-                nbytes = int(value.nbytes * part)
+                nbytes = value.nbytes if value.tensor in self.early else int(value.nbytes * part)
                 self._add(value.tensor, nbytes, meeting, meeting, KINDS.index("gradients"))
 
     def add_offloaded(self) -> None:
