@@ -325,7 +325,7 @@ def _on_jax(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
         )
 
     def convert(tensor: Any) -> Any:
-        return tensor if is_traced(tensor) else environment().to_xla(tensor)
+        return tensor if is_traced(tensor) else _constant(tensor)
 
     return torch_tree.tree_map_only(torch.Tensor, convert, (args, kwargs))
 
@@ -339,13 +339,19 @@ def _index(key: Any) -> Any:
         if isinstance(value, np.ndarray):
             return value.tolist()
         is_constant = isinstance(value, torch.Tensor) and not is_traced(value)
-        return environment().to_xla(value) if is_constant else value
+        return _constant(value) if is_constant else value
 
     if isinstance(key, tuple):
         return tuple(map(part_of, key))
     are_numbers = isinstance(key, list) and all(isinstance(number, int) for number in key)
     is_row = are_numbers or isinstance(key, (range, np.ndarray))
     return (part_of(key),) if is_row else part_of(key)
+
+
+def _constant(tensor: Any) -> Any:
+    """A tensor of PyTorch as one of the step, with values that indices and repetitions can read."""
+    with jax.ensure_compile_time_eval():
+        return environment().to_xla(tensor)
 
 
 # ------------------------------------------------------------------------------ changes in place

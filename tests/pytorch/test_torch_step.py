@@ -291,6 +291,10 @@ LABELS = torch.tensor([0, 5, 2])
 """A column of each of three rows."""
 
 
+MASK = torch.tensor([True, False, True])
+"""Two of three rows."""
+
+
 def _set_items(y: Any) -> None:
     y[range(3), LABELS] = y[torch.arange(3), LABELS] * 3
     y[[0, 2]] = y[[2, 0]] * 2
@@ -423,6 +427,9 @@ OPERATIONS: dict[str, Callable[[Any], Any]] = {
     ),
     "rows of a range": lambda p: p[range(3), LABELS] + p[range(0, 3, 2)].sum() + p[:, range(3)],
     "copies by NumPy": lambda p: _changed(p, lambda y: y[np.arange(2)].mul_(2)),
+    "constant masks": lambda p: (
+        p[MASK, :3][:, LABELS > 0] + p.repeat_interleave(LABELS // 4, 0).sum() * int(LABELS.max())
+    ),
     "items of constants": lambda p: _changed(p, _set_items),
     "array without gradient": lambda p: p * torch.asarray(p[:1]) + torch.asarray(2.0),
     "leaks of a range": lambda p: functional.rrelu(p, 0.2, 0.4),
