@@ -1274,8 +1274,7 @@ def _inverse_short_fourier(
 ) -> Tensor:
     """`torch.istft`; not a number where the windows are 0 and PyTorch raises."""
     values = jnp.ones(win_length or n_fft) if window is None else window.jax()
-    if onesided is None:
-        onesided = input.shape[-2] != n_fft
+    is_half = input.shape[-2] != n_fft if onesided is None else onesided
     return _tensor(
         signals.waves(
             input.jax(),
@@ -1283,7 +1282,7 @@ def _inverse_short_fourier(
             hop_length or n_fft // 4,
             center,
             "ortho" if normalized else "backward",
-            onesided,
+            is_half,
             return_complex,
             length,
         )
