@@ -85,9 +85,13 @@ _MODULES = {
     "predict_plan": "planning",
 }
 """The modules of names, by default `api`."""
+_PACKAGES = ("gnn", "torch")
+"""Packages for users, which `import partita` alone gives too."""
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"partita.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'partita' has no attribute {name!r}")
     import_module("partita.api")  # gives plans their tables for notebooks

@@ -3,6 +3,8 @@ plain Keras layout.
 """
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +274,11 @@ def test_no_public_name_is_a_package_or_missing() -> None:
     for name in partita.__all__:
         value = getattr(partita, name)
         assert not hasattr(value, "__path__"), name
+
+
+def test_packages_for_users_need_no_import_of_their_own() -> None:
+    code = "import partita; print(partita.gnn.MessagePassing.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "MessagePassing\n", done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        partita.nothing  # noqa: B018  # pyright: ignore

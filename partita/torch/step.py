@@ -142,14 +142,15 @@ class TrainingStep:
         """The arguments of `function` for a batch of tensors, arrays or shapes."""
         return self.state, self.optimizer.rates(), as_batch(batch), self._settings.key()
 
-    def __call__(self, batch: Any) -> Any:
+    def __call__(self, *batch: Any) -> Any:
         """Trains on a batch and gives its loss, a scalar JAX array: `float(loss)`.
 
-        The batch is (inputs, targets), where inputs are a tensor, a tuple or a dict; without a
-        loss function it is the inputs alone. Tensors of PyTorch and arrays of NumPy are taken.
+        The batch is (inputs, targets), as one argument or two, where inputs are a tensor, a tuple
+        or a dict; without a loss function it is the inputs alone. Tensors of PyTorch and arrays of
+        NumPy are taken.
         """
         self._check_weights()
-        arguments = self.arguments(batch)
+        arguments = self.arguments(batch[0] if len(batch) == 1 else batch)
         if self._run is None:
             self._run = self._prepared(arguments)
         if self._is_on_meta():

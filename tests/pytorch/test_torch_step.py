@@ -873,6 +873,19 @@ def test_a_batch_of_other_things_than_numbers_is_refused(batch: Any, sentence: s
         step(batch)
 
 
+def test_inputs_and_targets_may_be_two_arguments() -> None:
+    inputs, targets = torch.ones(3, 12), torch.zeros(3, dtype=torch.long)
+    losses = []
+    for batch in ([(inputs, targets)], [inputs, targets]):
+        torch.manual_seed(0)
+        module = perceptron()
+        step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
+        losses.append(float(step(*batch)))
+    assert losses[0] == losses[1]
+    with pytest.raises(partita.PartitaError, match="this one has 3 parts"):
+        step(inputs, inputs, targets)
+
+
 def test_a_class_or_word_out_of_range_has_no_loss() -> None:
     module = nn.Sequential(nn.Embedding(4, CLASSES), nn.Flatten(0, 1))
     step = partita.torch.training_step(module, functional.cross_entropy, sgd(module))
