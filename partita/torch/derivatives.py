@@ -114,24 +114,28 @@ def _deviation_and_mean(
     return deviation, jnp.mean(x, _dims(dim), keepdims=keepdim)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _largest(rows: jax.Array, axis: int) -> jax.Array:
-    """The maximum of each row, with a gradient shared among the elements that equal it.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def largest(values: jax.Array, dim: int, is_shared: bool) -> jax.Array:
+    """The maximum along a dim, with the gradient of the first element that has it, or shared among
+    all that have it.
 
     JAX's own compares elements with the maximum alone. XLA may compute them again in another order,
     and then the gradient is lost.
     """
-    return jnp.max(rows, axis)
+    return jnp.max(values, dim)
 
 
-@_largest.defjvp
-def _largest_jvp(axis: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (rows,) = primals
-    place = jnp.argmax(rows, axis, keepdims=True)
-    is_first = jax.lax.broadcasted_iota(place.dtype, rows.shape, axis) == place
-    is_largest = is_first | (rows == jnp.max(rows, axis, keepdims=True))
-    share = is_largest / is_largest.sum(axis, keepdims=True, dtype=rows.dtype)
-    return _largest(rows, axis), (share * tangents[0]).sum(axis)
+@largest.defjvp
+def _largest_jvp(
+    dim: int, is_shared: bool, primals: Any, tangents: Any
+) -> tuple[jax.Array, jax.Array]:
+    (values,), (tangent,) = primals, tangents
+    place = jnp.argmax(values, dim, keepdims=True)
+    is_there = jax.lax.broadcasted_iota(place.dtype, values.shape, dim) == place
+    if is_shared:
+        is_there |= values == jnp.max(values, dim, keepdims=True)
+        tangent = tangent / is_there.sum(dim, keepdims=True, dtype=values.dtype)
+    return largest(values, dim, is_shared), jnp.where(is_there, tangent, 0).sum(dim)
 
 
 def _greatest(x: jax.Array, dim: Any = None, keepdim: bool = False) -> jax.Array:
@@ -142,7 +146,7 @@ def _greatest(x: jax.Array, dim: Any = None, keepdim: bool = False) -> jax.Array
     dims = tuple(range(x.ndim)) if dims is None else tuple(d % x.ndim for d in dims)
     others = [d for d in range(x.ndim) if d not in dims]
     rows = x.transpose(*others, *dims).reshape(*(x.shape[d] for d in others), -1)
-    found = _largest(rows, len(others))
+    found = largest(rows, len(others), True)
     return jnp.expand_dims(found, dims) if keepdim else found
 
 

@@ -29,7 +29,7 @@ import numpy as np
 from partita.capture.names import MODULE_SCOPE
 from partita.errors import CaptureError
 from partita.torch import alignments, images, matrices, noise, signals
-from partita.torch.derivatives import DERIVATIVES, absolute, power_base
+from partita.torch.derivatives import DERIVATIVES, absolute, largest, power_base
 from partita.torch.extra import Package
 from partita.torch.recurrent import CELLS, network
 
@@ -1121,24 +1121,6 @@ def _real_fourier(
     return _tensor(jnp.fft.irfftn(values, sizes, tuple(dim), norm))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _largest(values: jax.Array, dim: int) -> jax.Array:
-    """The maximum along a dim, with the gradient of the first element that has it.
-
-    JAX's own compares the elements with the maximum. XLA may compute them again in another order,
-    and then the gradient is lost; of equal elements, each has a part of it.
-    """
-    return jnp.max(values, dim)
-
-
-@_largest.defjvp
-def _largest_jvp(dim: int, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (values,) = primals
-    place = jnp.argmax(values, dim, keepdims=True)
-    is_there = jax.lax.broadcasted_iota(place.dtype, values.shape, dim) == place
-    return _largest(values, dim), jnp.where(is_there, tangents[0], 0).sum(dim)
-
-
 def _extreme(sign: int, input: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
     """`torch.max` along a dim, or `torch.min` with the sign -1."""
     values = input.jax()
@@ -1148,7 +1130,7 @@ def _extreme(sign: int, input: Tensor, dim: int, keepdim: bool = False) -> tuple
     locate = jnp.argmax if sign > 0 else jnp.argmin
     place = locate(values, dim, keepdims=keepdim)
     if jnp.issubdtype(values.dtype, jnp.floating):
-        result = sign * _largest(sign * values, dim)
+        result = sign * largest(sign * values, dim, False)
     else:
         result = jnp.max(values, dim) if sign > 0 else jnp.min(values, dim)
     return _tensor(jnp.expand_dims(result, dim) if keepdim else result), _tensor(place)
