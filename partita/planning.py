@@ -307,7 +307,7 @@ def with_reasons(result: PlanResult) -> Plan:
     for name, (_, prediction) in result.baselines.items():
         figures = prediction.to_json()
         baselines[name] = {key: figures[key] for key in BASELINE_FIGURES if key in figures}
-        if not result.baselines.fits(name, limit):
+        if prediction.peak_bytes > limit:
             baselines[name]["fits"] = False
     return replace(result.plan, why={"operators": operators, "baselines": baselines})
 
