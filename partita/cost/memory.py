@@ -369,8 +369,6 @@ class _Allocator:
         """Tensor -> the order of its dims in memory."""
         self.program = static_lifetimes(graph)
         self.arguments = {argument.tensor for argument in graph.arguments}
-        self.targets = {reader: read.target for read in layout.reads for reader in read.readers}
-        """Reader -> sharding of its reshard."""
         self.sums = emitted_sums(graph, mesh, layout, backend)
         """Sums over devices."""
         self.scattered = {total.tensor for total in self.sums if total.kind == "reduce_scatter"}
@@ -412,7 +410,7 @@ class _Allocator:
             if not self.lifetimes.replaced.isdisjoint(read):
                 continue
             read_values = [
-                (tensor, self.targets.get(readers[0]))
+                (tensor, self.layout.targets.get(readers[0]))
                 for tensor, readers in read.items()
                 if not all(self._is_addressed(reader) for reader in readers)
             ]
@@ -476,7 +474,7 @@ class _Allocator:
                 slices, slice_dims = instruction.results[0], rule.results[0]
             if len(dims) != 2 or dims[0] in slice_dims or dims[1:] != slice_dims[-1:]:
                 continue
-            sharding = None if is_written else self.targets.get((i, 0))
+            sharding = None if is_written else self.layout.targets.get((i, 0))
             rows, columns = self._local_shape(table, sharding)
             itemsize = ITEMSIZE.get(self.graph.tensors[table].dtype, 4)
             count = math.prod(self._local_shape(slices)[:-1])
@@ -687,7 +685,7 @@ class _Allocator:
         for position, (tensor, mapping) in enumerate(
             zip(instruction.operands, rule.operands, strict=True)
         ):
-            sharding = self.targets.get((i, position), self.layout.shardings[tensor])
+            sharding = self.layout.targets.get((i, position), self.layout.shardings[tensor])
             shape = local_shape(self.graph.tensors[tensor].shape, sharding, self.mesh.sizes)
             for local_size, factors in zip(shape, mapping, strict=True):
                 if factors:
@@ -717,13 +715,13 @@ class _Allocator:
                 dies = self.lifetimes.dies.get(result, i)
                 self._add(result, self._bytes(result), i, max(i, dies))
             for position, operand in enumerate(instruction.operands):
-                nbytes = self._bytes(operand, self.targets.get((i, position)))
+                nbytes = self._bytes(operand, self.layout.targets.get((i, position)))
                 start = max(0, self.program.producer.get(operand, 0))
                 self._add(operand, nbytes, start, i)
             if instruction.batch_groups > 1 and self.backend.dense_grouped_gradients:
                 self._add_dense_gradient(i, result)
         for flipped in self.program.flipped:
-            target = self.targets.get((flipped.instruction, 1))
+            target = self.layout.targets.get((flipped.instruction, 1))
             nbytes = self._bytes(flipped.tensor, target)
             self._add(flipped.tensor, nbytes, flipped.available, flipped.instruction)
 
@@ -743,7 +741,7 @@ class _Allocator:
             if source is not None and self.graph.instructions[source].name == "reverse":
                 kernel = self.graph.instructions[source].operands[0]
                 reader = source, 0
-            if kernel in self.arguments and reader not in self.targets:
+            if kernel in self.arguments and reader not in self.layout.targets:
                 times[kernel].append(i)
         for kernel, readers in times.items():
             self._add(kernel, self._bytes(kernel), readers[0], readers[-1])
@@ -799,7 +797,7 @@ class _Allocator:
             if growth == 1:
                 continue
             dilated, gradient = (
-                self._bytes(operand, self.targets.get((i, position)))
+                self._bytes(operand, self.layout.targets.get((i, position)))
                 for position, operand in enumerate(instruction.operands[:2])
             )
             self._add(instruction.operands[0], int(dilated * growth), i, i)

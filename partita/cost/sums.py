@@ -60,10 +60,6 @@ class LaidOutProgram:
     in_pieces: bool = False
     """Whether the update is a program of its own."""
 
-    def moved_reads(self) -> dict[Reader, Sharding]:
-        """Reader -> its sharding, where that is not the tensor's."""
-        return {reader: read.target for read in self.layout.reads for reader in read.readers}
-
 
 @dataclass(frozen=True, slots=True)
 class LoopSum:
@@ -156,7 +152,7 @@ def join_additions(program: LaidOutProgram, sums: Sequence[Sum]) -> list[Sum]:
     Operands that the addition reads under another sharding must be reduce-scatters to it.
     """
     graph = program.graph
-    moved = program.moved_reads()
+    moved = program.layout.targets
     waited_for = set()
     if not program.in_pieces:
         waited_for = {t for wait in waits(graph, program.layout) for t, _ in wait.sums}
@@ -191,7 +187,7 @@ def join_additions(program: LaidOutProgram, sums: Sequence[Sum]) -> list[Sum]:
 
 def scatter(program: LaidOutProgram, sums: Sequence[Sum]) -> list[Sum]:
     """Sums of which a device reads only the slice that its place among the summands gives it."""
-    targets = program.moved_reads()
+    targets = program.layout.targets
     result = []
     for total in sums:
         if total.kind == "all_reduce" and _is_sliced(program, total, targets):

@@ -289,13 +289,12 @@ class Annotator:
 
         `sums` are those that a reshard has computed: (gradient, its sharding) -> value.
         """
-        targets = {reader: read.target for read in self.layout.reads for reader in read.readers}
         for wait in waits(self.graph, self.layout):
             index, position = wait.reader
             tensor = self.graph.instructions[index].operands[position]
             reader = self.operations[index]
             values = [reader.operands[position]]
-            shardings = [targets.get(wait.reader, self.layout.shardings[tensor])]
+            shardings = [self.layout.targets.get(wait.reader, self.layout.shardings[tensor])]
             for total in wait.sums:
                 if total not in sums:
                     # XLA drops a value that nothing but the barrier reads.

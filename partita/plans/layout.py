@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import NamedTuple
 
@@ -60,6 +60,11 @@ class Layout:
     """Per operator."""
     host: frozenset[int] = frozenset()
     """Offloaded optimizer slots, before and after the update: tensors in the memory of the host."""
+
+    @cached_property
+    def targets(self) -> dict[Reader, Sharding]:
+        """Reader -> the sharding under which it reads, where that is not the tensor's."""
+        return {reader: read.target for read in self.reads for reader in read.readers}
 
 
 def label_sharding(label: Label, assignment: Mapping[int, tuple[int, ...]]) -> Sharding:

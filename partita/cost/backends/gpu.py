@@ -39,11 +39,11 @@ class XlaGpu(XlaAccelerator):
         """Those of its priority fusion.
 
         It fuses a producer into all of its readers, or writes it, and computes slow elementwise
-        instructions again. A softmax is one kernel
-        if its rows are short enough (SoftmaxRewriterTriton). Queries, keys and
-        values are one product (DotMerger). cuBLAS adds a product to a sum (GemmRewriter). The code
-        of an error function is too long to be computed again, that of other functions is not. cuDNN
-        has a call for input gradients, which reads the kernel as it is (ConvRewriter).
+        instructions again. A softmax is one kernel if its rows are short enough
+        (SoftmaxRewriterTriton). Queries, keys and values are one product (DotMerger). cuBLAS adds a
+        product to a sum (GemmRewriter). The code of an error function is too long to be computed
+        again, that of other functions is not. cuDNN has a call for input gradients, which reads the
+        kernel as it is (ConvRewriter).
         """
         return FusionRules(
             duplicates=False,

@@ -146,7 +146,7 @@ class XlaTpu(XlaAccelerator):
         """Those of images: samples are the minor dim of a group of images if that pads less for one
         that a convolution reads or writes, else channels are."""
         found = images(program.graph)
-        moved = program.moved_reads()
+        moved = program.layout.targets
         by_samples: set[int] = set()
         """Groups of images whose minor dim are the samples."""
         for tensor, reader in found.convolved:
