@@ -33,10 +33,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from partita.cost.early_sums import early_sums
+from partita.cost.early_sums import EarlySum, early_sums
 from partita.cost.fusion import Fusion, kernel_reads
 from partita.cost.joined import computes_rows, joined_kernels
-from partita.cost.partial import Factors, operand_labels, reduced_factors, split_axes
+from partita.cost.partial import summed_factors, sums_over_devices
 from partita.graph.flat import PRODUCTS, Reader, readers_of
 from partita.graph.gradient_sums import PASSING
 from partita.graph.operator_graph import (
@@ -85,14 +85,14 @@ def delayed_kernels(
         root: Delay(_end_of_backward(graph), frozenset(tensors))
         for root, tensors in delayed_reductions(graph, layout, fused).items()
     }
-    products = _delayed_products(graph, layout, fused)
-    products |= _delayed_slices(graph, fused, layout, gathers)
+    sums = early_sums(graph, layout)
+    products = _delayed_products(graph, layout, fused, sums)
+    products |= _delayed_slices(graph, fused, layout, gathers, sums)
     for root, time in products.items():
         delays[root] = Delay(time, frozenset(kernel_reads(graph, fused)[root]))
     for root in _delayed_losses(graph, layout, fused):
         delays[root] = Delay(_end_of_backward(graph), _reads_of_quotients(graph, fused, root))
     if is_limited:
-        sums = early_sums(graph, layout)
         for root, delay in delays.items():
             if sums.keys().isdisjoint(graph.instructions[root].results):
                 time = next((time for time in gathers if time > root), root)
@@ -192,7 +192,9 @@ def delayed_reductions(
     return delayed
 
 
-def _delayed_products(graph: OperatorGraph, layout: Layout, fused: Fusion) -> dict[int, int]:
+def _delayed_products(
+    graph: OperatorGraph, layout: Layout, fused: Fusion, sums: Mapping[int, EarlySum]
+) -> dict[int, int]:
     """Product for the gradient of a weight -> the instruction at which it runs, if it is delayed.
 
     Inputs' gradients wait for merged products of mixed precision: there the updates also convert
@@ -205,7 +207,6 @@ def _delayed_products(graph: OperatorGraph, layout: Layout, fused: Fusion) -> di
     waiting = [products for products in gradients if not _converts_weights(graph, products)]
     if not waiting:
         return {}
-    sums = early_sums(graph, layout)
     delayed = {
         root: sums[graph.instructions[root].results[0]].computed
         for products in waiting
@@ -231,7 +232,11 @@ def _delayed_products(graph: OperatorGraph, layout: Layout, fused: Fusion) -> di
 
 
 def _delayed_slices(
-    graph: OperatorGraph, fused: Fusion, layout: Layout, gathers: Sequence[int]
+    graph: OperatorGraph,
+    fused: Fusion,
+    layout: Layout,
+    gathers: Sequence[int],
+    sums: Mapping[int, EarlySum],
 ) -> dict[int, int]:
     """Product for the gradient of a stored weight -> the instruction at which it runs.
 
@@ -239,7 +244,6 @@ def _delayed_slices(
     gathers, for the end of that pass.
     """
     sliced = _sliced(graph, layout)
-    sums = early_sums(graph, layout)
     end = -1 if gathers else _end_of_backward(graph)
     delayed = {}
     for root in fused.kernels:
@@ -390,32 +394,15 @@ def delayed_by_repetitions(
 
 
 @per_graph
-def _reduced(graph: OperatorGraph) -> dict[int, Factors]:
-    """Instruction -> the factors that it sums away, where it does."""
-    reduced = {}
-    for i, instruction in enumerate(graph.instructions):
-        factors = reduced_factors(instruction, operand_labels(graph, i))
-        if factors:
-            reduced[i] = factors
-    return reduced
-
-
-@per_graph
 def _gradients(graph: OperatorGraph) -> frozenset[int]:
     """The instructions that sum in the backward pass, and for which only updates wait."""
     gradients = set()
-    for i in _reduced(graph):
+    for i in summed_factors(graph):
         instruction = graph.instructions[i]
         is_backward = instruction.phase == "backward" and instruction.trips == 1
         if is_backward and _is_waited_for_by_updates(graph, i):
             gradients.add(i)
     return frozenset(gradients)
-
-
-def sums_over_devices(graph: OperatorGraph, layout: Layout, i: int) -> bool:
-    """Whether the result of an instruction is summed over devices."""
-    reduced = _reduced(graph).get(i)
-    return reduced is not None and bool(split_axes(layout, graph.owner[i], reduced))
 
 
 def _is_waited_for_by_updates(graph: OperatorGraph, i: int) -> bool:

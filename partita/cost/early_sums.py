@@ -14,13 +14,7 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from functools import lru_cache
 
-from partita.cost.partial import (
-    Factors,
-    operand_labels,
-    pending_sums,
-    reduced_factors,
-    split_axes,
-)
+from partita.cost.partial import pending_sums, sums_over_devices
 from partita.graph.flat import PRODUCTS, Reader, readers_of
 from partita.graph.gradient_sums import PASSING
 from partita.graph.operator_graph import IdentityKey, OperatorGraph, per_graph, producers
@@ -92,21 +86,12 @@ def _sums(graph: OperatorGraph, layout: Layout) -> Iterator[tuple[int, Sharding]
         if read.tensor in gradients:
             sliced.add(read.tensor)
             yield read.tensor, read.target
-    for tensor, (operator, reduced) in _reduced(graph).items():
-        is_sum = tensor not in pending.axes and split_axes(layout, operator, reduced)
-        if tensor not in sliced and (is_sum or tensor in pending.totals):
+    producer = producers(graph)
+    for tensor in gradients - sliced:
+        is_partial = tensor in pending.axes
+        is_sum = not is_partial and sums_over_devices(graph, layout, producer[tensor])
+        if is_sum or tensor in pending.totals:
             yield tensor, layout.shardings[tensor]
-
-
-@per_graph
-def _reduced(graph: OperatorGraph) -> dict[int, tuple[int, Factors]]:
-    """Gradient -> its operator, and the factors that its instruction sums away."""
-    reduced = {}
-    for i, instruction in enumerate(graph.instructions):
-        if instruction.results[0] in _gradients(graph):
-            factors = reduced_factors(instruction, operand_labels(graph, i))
-            reduced[instruction.results[0]] = graph.owner[i], factors
-    return reduced
 
 
 @per_graph

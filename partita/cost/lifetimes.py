@@ -18,7 +18,6 @@ from partita.cost.delayed import (
     delayed_kernels,
     gather_times,
     joined_repetitions,
-    sums_over_devices,
 )
 from partita.cost.fusion import (
     Fusion,
@@ -33,6 +32,7 @@ from partita.cost.partial import (
     gradients,
     operand_labels,
     reduced_factors,
+    sums_over_devices,
 )
 from partita.graph.flat import LIBRARY_CALLS, readers_of, transposes
 from partita.graph.operator_graph import (

@@ -136,7 +136,6 @@ def _pending_sums(
 ) -> PendingSums:
     graph = graph_key.value
     layout = layout_key.value
-    moved_reads = {reader for read in layout.reads for reader in read.readers}
     pending: dict[int, Axes] = {}
     totals: dict[int, int] = {}
     for gradient in gradients(graph):
@@ -150,7 +149,7 @@ def _pending_sums(
             axes = partial_axes.get(operands[0], ())
             if not axes or partial_axes.get(operands[1], ()) != axes:
                 continue
-            if not _operands_stay(layout, i, operands, result, moved_reads):
+            if not _operands_stay(layout, i, operands, result):
                 continue
             partial_axes[result] = axes
             for tensor in (*operands, result):
@@ -171,7 +170,6 @@ def unsummed(
 
     With each come the values of which it is a sum or another form.
     """
-    moved_reads = {reader for read in layout.reads for reader in read.readers}
     producer = producers(graph)
     axes_of: dict[int, Axes] = {}
     for tensor in tensors:
@@ -181,7 +179,7 @@ def unsummed(
             i = producer[value]
             instruction = graph.instructions[i]
             if instruction.name == "add":
-                stays = _operands_stay(layout, i, instruction.operands, value, moved_reads)
+                stays = _operands_stay(layout, i, instruction.operands, value)
                 splits.update([] if stays else [()])
             elif not keeps_elements(graph, instruction):
                 reduced = reduced_factors(instruction, operand_labels(graph, i))
@@ -254,15 +252,13 @@ def _operands_stay(
     addition: int,
     operands: Sequence[int],
     result: int,
-    moved_reads: set[Reader],
 ) -> bool:
     """Whether an addition reads its operands split as its result, without a reshard."""
-    for position, tensor in enumerate(operands):
-        if (addition, position) in moved_reads or layout.shardings[tensor] != layout.shardings[
-            result
-        ]:
-            return False
-    return True
+    sharding = layout.shardings[result]
+    return all(
+        (addition, position) not in layout.targets and layout.shardings[tensor] == sharding
+        for position, tensor in enumerate(operands)
+    )
 
 
 def split_axes(
@@ -276,6 +272,23 @@ def split_axes(
     assignment = layout.assignments[operator]
     axes = {axis for factor in factors for axis in assignment.get(factor, ())}
     return tuple(sorted(axes))
+
+
+@per_graph
+def summed_factors(graph: OperatorGraph) -> dict[int, Factors]:
+    """Instruction -> the factors that it sums away, where it does."""
+    reduced = {}
+    for i, instruction in enumerate(graph.instructions):
+        factors = reduced_factors(instruction, operand_labels(graph, i))
+        if factors:
+            reduced[i] = factors
+    return reduced
+
+
+def sums_over_devices(graph: OperatorGraph, layout: Layout, i: int) -> bool:
+    """Whether the result of an instruction is summed over devices."""
+    reduced = summed_factors(graph).get(i)
+    return reduced is not None and bool(split_axes(layout, graph.owner[i], reduced))
 
 
 @dataclass(frozen=True, slots=True)
