@@ -45,9 +45,7 @@ def read_bytes(path: str | Path, kind: FileKind) -> bytes:
         fail(repr(path), kind, f"of type '{type(path).__name__}', no name of a file", "name a file")
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            is_folder = stat.S_ISDIR(status.st_mode)
-            fail(path, kind, "a folder" if is_folder else "a device or a pipe", "name a file")
+        _check_regular(path, status.st_mode, kind)
         if status.st_size > kind.most_bytes:
             size = f"{status.st_size:,} bytes, and {kind.noun} has at most {kind.most_bytes:,}"
             fail(path, kind, f"too large ({size})")
@@ -141,9 +139,27 @@ def fail(path: str | Path, kind: FileKind, problem: str, fix: str = "") -> NoRet
     raise kind.error(f"{path} is {problem}: {fix or kind.fix}.") from None
 
 
-def is_broken_link(path: Path) -> bool:
-    """Whether a path is a link, or a chain of links, that ends at no file."""
-    return path.is_symlink() and not path.exists()
+def is_file(path: Path, kind: FileKind) -> bool:
+    """Whether there is a file that can be read; the kind's error for a folder, a device, a pipe, or
+    a link to nothing."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            fix = "put the file there, or remove the link"
+            fail(path, kind, "a link to a file that is missing", fix)
+        return False
+    except OSError as error:
+        fail(path, kind, f"unreadable ({error.strerror or error})")
+    _check_regular(path, mode, kind)
+    return True
+
+
+def _check_regular(path: str | Path, mode: int, kind: FileKind) -> None:
+    """The kind's error unless `mode` is that of a regular file."""
+    if not stat.S_ISREG(mode):
+        problem = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
+        fail(path, kind, problem, "name a file")
 
 
 def short_reason(text: str) -> str:

@@ -769,12 +769,50 @@ def test_a_link_to_a_missing_file_is_no_missing_table(tmp_path: Path) -> None:
     weights = tmp_path / "g.weights.bin"
     weights.unlink()
     weights.symlink_to("/nowhere/g.weights.bin")
-    with pytest.raises(GraphError, match="g.weights.bin' is a link to a file that is missing"):
+    with pytest.raises(GraphError, match="g.weights.bin is a link to a file that is missing"):
         gnn.open(path)
     path.unlink()
     path.symlink_to("/nowhere/g.lux")
-    with pytest.raises(GraphError, match="g.lux' is a link to a file that is missing"):
+    with pytest.raises(GraphError, match="g.lux is a link to a file that is missing"):
         gnn.open(path)
+
+
+@pytest.mark.parametrize("ending", [".label", ".mask", ".feats.csv", ".transposed.lux"])
+def test_a_table_that_is_no_file_is_refused(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / "g.lux"
+    gnn.save(gnn.Graph.from_edges([0, 1], [1, 0]), path)
+    table = tmp_path / f"g{ending}"
+    table.symlink_to("/nowhere/table")
+    with pytest.raises(GraphError, match=f"g{ending} is a link to a file that is missing"):
+        gnn.open(path)
+    table.unlink()
+    table.mkdir()
+    with pytest.raises(GraphError, match=f"g{ending} is a folder"):
+        gnn.open(path)
+    table.rmdir()
+    os.mkfifo(table)
+    with pytest.raises(GraphError, match=f"g{ending} is a device or a pipe"):
+        gnn.open(path)
+
+
+@pytest.mark.parametrize("name", ["g.txt", "g.npz", "g.lux", "g.parquet"])
+def test_a_pipe_or_a_device_is_not_opened_as_a_graph(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(GraphError, match="is a device or a pipe"):
+        gnn.open(tmp_path / name)
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(GraphError, match="is a device or a pipe"):
+        gnn.convert(tmp_path / name, tmp_path / "into.lux")
+
+
+def test_rocs_tables_in_text_may_begin_with_a_mark(tmp_path: Path) -> None:
+    gnn.save(gnn.Graph.from_edges([0, 1], [1, 0]), tmp_path / "g.lux")
+    (tmp_path / "g.label").write_text("\ufeff1\n0\n", encoding="utf-8")
+    (tmp_path / "g.mask").write_text("\ufeffTrain\nNone\n", encoding="utf-8")
+    graph = gnn.open(tmp_path / "g.lux")
+    assert graph.labels.tolist() == [1, 0]
+    assert graph.train.tolist() == [True, False]
 
 
 def test_an_emptied_table_of_features_is_refused(tmp_path: Path) -> None:

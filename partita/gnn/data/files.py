@@ -19,9 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from partita.errors import GraphError
-from partita.files.reading import is_broken_link
 from partita.gnn.data.graph import Graph
-from partita.gnn.data.lux import open_lux, save_lux
+from partita.gnn.data.lux import has_file, open_lux, save_lux
 from partita.gnn.data.npz import open_npz, save_npz
 from partita.gnn.data.ogb import is_ogb, ogb_edges
 from partita.gnn.data.parquet import parquet_edges
@@ -143,9 +142,7 @@ def _kind(path: Path) -> str:
             f"{str(path)!r} is a folder without raw/: name a file, or an OGB folder with raw/ "
             "and split/."
         )
-    if is_broken_link(path):
-        raise GraphError(f"{str(path)!r} is a link to a file that is missing: name another file.")
-    if not path.exists():
+    if not has_file(path):
         raise GraphError(f"There is no file {str(path)!r}.{_suggestion(path)}")
     if path.suffix in (".lux", ".npz", ".parquet"):
         return path.suffix[1:]

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from partita.errors import GraphError
-from partita.files.reading import is_broken_link
+from partita.files.reading import FileKind, is_file
 from partita.gnn.data.arrays import TABLES
 from partita.gnn.data.checks import pieces_of
 from partita.gnn.data.csr import NARROW, Transposed, id_type, position_type
@@ -53,6 +53,8 @@ TRANSPOSE_FILES = (".transposed.lux", ".transposed.order.bin")
 
 TEXT_FILES = (".feats.csv", ".label", ".mask")
 """Endings of Roc's tables in text: features, labels, masks."""
+
+GRAPH_FILE = FileKind("a file of a graph", "name another file", GraphError)
 
 MASK_WORDS = {"Train": "train", "Val": "validation", "Test": "test"}
 """Masks by Roc's words; a vertex of no mask has the word None."""
@@ -97,10 +99,16 @@ def read_lux(path: Path) -> Graph:
     return graph if transposed is None else graph.with_transpose(transposed)
 
 
+def has_file(path: Path) -> bool:
+    """Whether a file of a graph is there; GraphError for one that cannot be read as a file: a link
+    to nothing, a folder, a device or a pipe."""
+    return is_file(path, GRAPH_FILE)
+
+
 def _read_transpose(path: Path, edges: int) -> Transposed | None:
     """The transpose beside a .lux file; None without one."""
     edge_file, order_file = (companion(path, ending) for ending in TRANSPOSE_FILES)
-    if not edge_file.exists() or not order_file.exists():
+    if not all([has_file(edge_file), has_file(order_file)]):
         return None
     kind = np.dtype(position_type(edges))
     size = order_file.stat().st_size
@@ -161,12 +169,7 @@ def _map(path: Path, dtype: str, start: int, shape: tuple[int, ...]) -> np.ndarr
 def _read_table(path: Path, name: str, vertices: int, edges: int) -> np.ndarray | None:
     """A table or the weights beside a .lux file; None without that file."""
     file = companion(path, FILES[name])
-    if is_broken_link(file):
-        raise GraphError(
-            f"{str(file)!r} is a link to a file that is missing: put the file there, or remove the "
-            "link."
-        )
-    if not file.exists():
+    if not has_file(file):
         return None
     size = file.stat().st_size
     if name == "features":
@@ -205,18 +208,18 @@ def _read_text_tables(path: Path) -> dict[str, np.ndarray]:
     """The tables that Roc stores as text."""
     features, labels, masks = (companion(path, ending) for ending in TEXT_FILES)
     tables: dict[str, np.ndarray] = {}
-    if features.exists() and not companion(path, FILES["features"]).exists():
+    if has_file(features) and not companion(path, FILES["features"]).exists():
         tables["features"] = _load_numbers(features, np.float32, ",")
-    if labels.exists():
+    if has_file(labels):
         tables["labels"] = _load_numbers(labels, np.int32, None).reshape(-1)
-    if masks.exists():
+    if has_file(masks):
         tables |= _read_text_masks(masks)
     return tables
 
 
 def _read_text_masks(file: Path) -> dict[str, np.ndarray]:
     """The masks of Roc's .mask file; empty ones but the training mask are left out."""
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = file.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     if lines and not lines[-1]:
         lines.pop()
     words = [line.strip() for line in lines]
@@ -237,7 +240,7 @@ def _read_text_masks(file: Path) -> dict[str, np.ndarray]:
 def _load_numbers(file: Path, dtype: Any, delimiter: str | None) -> np.ndarray:
     """Numbers of a text file, [lines, numbers per line]."""
     try:
-        return np.loadtxt(file, dtype, delimiter=delimiter, ndmin=2, encoding="utf-8")
+        return np.loadtxt(file, dtype, delimiter=delimiter, ndmin=2, encoding="utf-8-sig")
     except (ValueError, UnicodeDecodeError) as error:
         raise GraphError(f"{str(file)!r} cannot be read: {error}") from None
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from partita.errors import GraphError
 from partita.gnn.data.arrays import as_labels, as_mask
-from partita.gnn.data.lux import MAX_VERTICES
+from partita.gnn.data.lux import MAX_VERTICES, has_file
 from partita.gnn.data.npz import read_arrays
 from partita.gnn.data.stream import PIECE, EdgeStream, Piece
 from partita.gnn.data.text import table, text_edges
@@ -52,9 +52,9 @@ def ogb_edges(folder: Path, split: str | None = None) -> EdgeStream:
             f"{str(folder)!r} has several kinds of vertices: use a data set with one kind of "
             "vertex and of edge."
         )
-    if (raw / "edge.csv.gz").exists():
+    if has_file(raw / "edge.csv.gz"):
         edges, tables = _read_text(folder)
-    elif (raw / "data.npz").exists():
+    elif has_file(raw / "data.npz"):
         edges, tables = _read_binary(folder)
     else:
         raise GraphError(
@@ -76,10 +76,10 @@ def _read_text(folder: Path) -> tuple[EdgeStream, Tables]:
     vertices = _vertex_count(raw / "num-node-list.csv.gz")
     edges = text_edges(raw / "edge.csv.gz", folder.name, vertices)
     tables: Tables = {}
-    if (raw / "node-feat.csv.gz").exists():
+    if has_file(raw / "node-feat.csv.gz"):
         tables["features"] = partial(table, raw / "node-feat.csv.gz", np.float32)
     label_file = raw / "node-label.csv.gz"
-    if label_file.exists():
+    if has_file(label_file):
         labels = np.concatenate([*table(label_file, np.float64)] or [np.zeros((0, 1))])
         tables["labels"] = partial(_labels, label_file, labels)
     return edges, tables
@@ -87,7 +87,7 @@ def _read_text(folder: Path) -> tuple[EdgeStream, Tables]:
 
 def _vertex_count(path: Path) -> int:
     """The number of vertices that num-node-list.csv.gz states."""
-    if not path.exists():
+    if not has_file(path):
         raise GraphError(
             f"There is no file {str(path)!r} with the number of vertices: download the data set "
             "again."
@@ -157,7 +157,7 @@ def _read_binary(folder: Path) -> tuple[EdgeStream, Tables]:
     if "node_feat" in arrays:
         tables["features"] = partial(_one_piece, arrays["node_feat"])
     label_file = raw / "node-label.npz"
-    if label_file.exists():
+    if has_file(label_file):
         label_arrays = read_arrays(label_file)
         if len(label_arrays) != 1:
             raise GraphError(f"{str(label_file)!r} has {len(label_arrays)} arrays: give one.")
@@ -192,7 +192,7 @@ def _split_file(folder: Path, stem: str) -> Path:
     """The list of vertices of a mask, gzipped or not."""
     for ending in (".csv.gz", ".csv"):
         path = folder / f"{stem}{ending}"
-        if path.exists():
+        if has_file(path):
             return path
     if (folder / "split_dict.pt").exists():
         raise GraphError(
