@@ -14,6 +14,7 @@ import math
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from partita.execute.compilers.request import (
 )
 from partita.execute.piece_function import lower_device_sums, lower_piece
 from partita.execute.sharding import PINNED_HOST, moved
+from partita.files.checksums import with_checksum
 
 MEMORY = {
     "arguments": "argument_size_in_bytes",
@@ -154,8 +156,10 @@ def main(folder: Path) -> None:
     except Exception as error:
         result = {"error": f"{type(error).__name__}: {error}"}
     else:
-        (folder / TEXT_FILE).write_bytes(gzip.compress(text.encode(), 6, mtime=0))
-    (folder / RESULT_FILE).write_text(json.dumps(result), encoding="utf-8")
+        content = gzip.compress(text.encode(), 6, mtime=0)
+        (folder / TEXT_FILE).write_bytes(content)
+        result["text"] = zlib.crc32(content)
+    (folder / RESULT_FILE).write_text(json.dumps(with_checksum(result)), encoding="utf-8")
 
 
 if __name__ == "__main__":

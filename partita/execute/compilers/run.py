@@ -11,9 +11,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, get_type_hints
 
 from partita.errors import CompilerError
 from partita.execute.calibrate import cache_folder
@@ -25,6 +27,9 @@ from partita.execute.compilers.request import (
     TEXT_FILE,
     CompileRequest,
 )
+from partita.files.checksums import sealed
+from partita.files.reading import FileKind, fail, read_bytes, read_json
+from partita.files.schema import Schema, number, of_type, table, text, whole_number
 
 SECONDS = 1800
 """Time limit of a compilation."""
@@ -99,7 +104,7 @@ def compile_programs(requests: Sequence[CompileRequest]) -> list[CompiledProgram
         """Folder of a new result -> its folder in the cache."""
         for number, request in enumerate(requests):
             folder = cache_folder() / "compiled" / request.digest(version, flags)
-            if not (folder / RESULT_FILE).is_file():
+            if not _is_whole(folder):
                 work = Path(name) / str(number)
                 work.mkdir()
                 request.write(work)
@@ -116,16 +121,58 @@ def compile_programs(requests: Sequence[CompileRequest]) -> list[CompiledProgram
         return [_read(folder, compiler, version) for folder in folders]
 
 
+class _DamagedError(CompilerError):
+    """A result that is not as the child process wrote it."""
+
+
+COMPILED_FILE = FileKind(
+    "a compiled program",
+    "compile it again",
+    _DamagedError,
+    by_hand=False,
+    most_bytes=2**32,
+)
+_MEMORY = table({part: of_type(hint) for part, hint in get_type_hints(ProgramMemory).items()})
+_PROGRAM = table({"seconds": number(0), "memory": _MEMORY, "text": whole_number(0, 2**32 - 1)})
+_REFUSAL = table({"error": text(longest=2**24)})
+
+
+def _result_schema(value: Any) -> Any:
+    """The figures of a program and the checksum of its text, or the compiler's error."""
+    schema: Schema = _REFUSAL if isinstance(value, dict) and "error" in value else _PROGRAM
+    return schema(value)
+
+
+def _result(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """The result in a folder, and the packed text of the program; _DamagedError for another one."""
+    result = read_json(folder / RESULT_FILE, COMPILED_FILE, sealed(_result_schema, required=True))
+    if "error" in result:
+        return result, b""
+    content = read_bytes(folder / TEXT_FILE, COMPILED_FILE)
+    if zlib.crc32(content) != result["text"]:
+        fail(folder / TEXT_FILE, COMPILED_FILE, "damaged")
+    return result, content
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder has a result that can be read; a damaged one is compiled again."""
+    try:
+        _result(folder)
+    except _DamagedError:
+        return False
+    return True
+
+
 def _read(folder: Path, compiler: ProgramCompiler, version: str) -> CompiledProgram:
     """The program in a folder. CompilerError if the compiler refused it."""
-    result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    result, content = _result(folder)
     if "error" in result:
-        raise _refusal(compiler, str(result["error"]))
-    text = gzip.decompress((folder / TEXT_FILE).read_bytes()).decode()
+        raise _refusal(compiler, result["error"])
     memory = ProgramMemory(**result["memory"])
     if not compiler.stores_program:
         memory = replace(memory, code=0)
-    return CompiledProgram(text, memory, result["seconds"], compiler.name, version)
+    program_text = gzip.decompress(content).decode()
+    return CompiledProgram(program_text, memory, result["seconds"], compiler.name, version)
 
 
 def _store(work: Path, cached: Path) -> None:
@@ -134,6 +181,8 @@ def _store(work: Path, cached: Path) -> None:
     beside = Path(tempfile.mkdtemp(dir=cached.parent, prefix="new-"))
     try:
         shutil.copytree(work, beside, dirs_exist_ok=True)
+        if not _is_whole(cached):
+            shutil.rmtree(cached, ignore_errors=True)
         os.replace(beside, cached)
     except OSError:
         shutil.rmtree(beside, ignore_errors=True)

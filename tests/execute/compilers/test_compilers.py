@@ -4,9 +4,11 @@ XLA:CPU is always there. The tests of XLA:TPU and XLA:GPU run where these are in
 """
 
 import dataclasses
+import gzip
 import importlib.util
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import jax
@@ -25,6 +27,7 @@ from partita.execute.compilers.family import COMPILERS, program_compiler
 from partita.execute.compilers.request import CompileRequest, request_of
 from partita.execute.compilers.run import abort_reason, compile_program
 from partita.execute.compilers.tpu import TpuCompiler
+from partita.files.checksums import with_checksum
 from partita.machine import host, load
 from partita.planning import plan_that_compiles
 from partita.plans.baselines import BASELINES
@@ -101,6 +104,43 @@ def test_a_plan_compiles_for_a_cpu_and_stays_in_the_cache(cache, monkeypatch):
 
     monkeypatch.setattr(run, "_run_child", no_child)
     assert partita.compile_for(plan, step, machine=machine) == compiled
+
+
+def test_a_damaged_program_in_the_cache_is_compiled_again(cache, monkeypatch):
+    machine = host(2, 4 << 30)
+    step, plan = planned("data parallel", machine)
+    hlo = (
+        "HloModule m\n\nENTRY %main.1 (p: f32[1]) -> f32[1] {\n  ROOT %p = f32[1] parameter(0)\n}\n"
+    )
+    packed = gzip.compress(hlo.encode() * 100)
+    memory = {"arguments": 5, "outputs": 4, "temporaries": 1, "aliased": 0, "code": 0}
+    fields = {"seconds": 1.0, "memory": memory, "text": zlib.crc32(packed)}
+    result = json.dumps(with_checksum(fields)).encode()
+    children = []
+
+    def child(folders, *arguments):
+        children.append(len(folders))
+        (folders[0] / "result.json").write_bytes(result)
+        (folders[0] / "program.hlo.gz").write_bytes(packed)
+
+    monkeypatch.setattr(run, "_run_child", child)
+    compiled = partita.compile_for(plan, step, machine=machine)
+    assert compiled.memory.peak == 10
+    (folder,) = (cache / "compiled").iterdir()
+    damages = [
+        ("program.hlo.gz", b""),
+        ("program.hlo.gz", packed[:-10]),
+        ("result.json", result.replace(b"outputs", b"outpits")),
+        ("result.json", result.replace(b'"arguments": 5', b'"arguments": 6')),
+        ("result.json", b'{"error": "caf\xe9"}'),
+        ("result.json", b"[" * 100_000),
+    ]
+    for name, content in damages:
+        (folder / name).write_bytes(content)
+        assert partita.compile_for(plan, step, machine=machine) == compiled
+    assert children == [1] * (1 + len(damages))
+    partita.compile_for(plan, step, machine=machine)
+    assert len(children) == 1 + len(damages)
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
