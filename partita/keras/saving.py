@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from keras.src import backend
 
 from partita.execute.process_arrays import whole
 from partita.execute.processes import from_first, is_first
+from partita.files.writing import open_drafts
 
 
 @functools.cache
@@ -100,20 +102,35 @@ def _written_once(name: str, method: Any) -> Any:
 
 
 def _move_files(source: str, target: str) -> tuple[int, str, str]:
-    """Moves all files of a folder into another, replacing those of the same name.
+    """Moves the files and folders of a folder into another, replacing those of the same name.
 
     Gives (errno, reason, file); errno is 0 for success. Files that could not be moved leave the
     old ones untouched.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=target, prefix=".partita-") as beside:
-            for name in os.listdir(source):
-                new = shutil.move(os.path.join(source, name), beside)
-                old = os.path.join(target, name)
-                if os.path.isdir(new) and os.path.isdir(old):
-                    shutil.rmtree(old)
-                os.replace(new, old)
+        for name in os.listdir(source):
+            old, new = Path(target, name), Path(source, name)
+            if new.is_dir():
+                _replace_folder(old, new)
+            else:
+                with open_drafts(old) as drafts:
+                    shutil.move(new, drafts.path(old))
     except OSError as error:
         reason = error.strerror or str(error)
         return error.errno or errno.EIO, reason, str(error.filename or target)
     return 0, "", ""
+
+
+def _replace_folder(old: Path, new: Path) -> None:
+    """Moves a folder to the place of another, which comes back if that fails."""
+    with tempfile.TemporaryDirectory(dir=old.parent, prefix=".partita-") as beside:
+        moved = shutil.move(new, beside)
+        aside = Path(f"{moved}.old")
+        if old.is_dir():
+            os.replace(old, aside)
+        try:
+            os.replace(moved, old)
+        except OSError:
+            if aside.is_dir():
+                os.replace(aside, old)
+            raise
