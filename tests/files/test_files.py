@@ -2,6 +2,7 @@
 whole."""
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,19 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
         with drafts.open(path) as file:
             file.write(b"new")
         raise KeyboardInterrupt
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["note"]
+
+
+def test_a_text_on_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "note"
+    path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            writing.write_text(path, "new" * 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["note"]
 
 
