@@ -186,6 +186,7 @@ def test_a_mesh_has_small_prime_axes_slow_levels_first() -> None:
         (Storage(0, ("a", "a"), 3), "an axis is twice. Store it over other axes."),
         (Storage(0, ("b",), 3), "splits it over 'b' already. Store it over other axes."),
         (Storage(9, ("a",), 3), "The plan splits dim 9 of"),
+        (Storage(0, ("c",), 3), "is not a multiple of 5. Store it over fewer axes."),
     ],
 )
 def test_storage_that_cannot_be_is_refused(storage: Storage, reason: str) -> None:
@@ -194,7 +195,7 @@ def test_storage_that_cannot_be_is_refused(storage: Storage, reason: str) -> Non
     home = graph.home[next(a.tensor for a in graph.arguments if a.path == path)]
     choices = {operator.name: {"a": "S"} for operator in graph.operators}
     choices[graph.operators[home].name] = {"a": "S", "b": "P"}
-    plan = Plan(graph.name, "h100:4", Mesh.of((2, 2)), choices, {path: storage})
+    plan = Plan(graph.name, "h100:20", Mesh.of((2, 2, 5)), choices, {path: storage})
     with pytest.raises(PlanError) as error:
         check(plan, graph)
     assert reason in str(error.value)
