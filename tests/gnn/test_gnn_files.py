@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import io
 import os
 import resource
 import sys
@@ -751,6 +752,21 @@ def test_an_emptied_gzip_file_of_a_split_is_refused(tmp_path: Path) -> None:
     next(folder.rglob("valid.csv.gz")).write_bytes(b"")
     with pytest.raises(GraphError, match="valid.csv.gz' is truncated or damaged: it is empty"):
         gnn.open(folder)
+
+
+def test_an_archive_that_claims_too_much_allocates_nothing(tmp_path: Path) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f8", "fortran_order": False, "shape": (500_000_000,)}
+    )
+    with zipfile.ZipFile(tmp_path / "g.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("offsets.npy", header.getvalue() + bytes(800))
+    content = (tmp_path / "g.npz").read_bytes()
+    written, claimed = (len(header.getvalue()) + size for size in (800, 4_000_000_000))
+    content = content.replace(written.to_bytes(4, "little"), claimed.to_bytes(4, "little"))
+    (tmp_path / "g.npz").write_bytes(content)
+    with pytest.raises(GraphError, match=f"'offsets.npy' claims {claimed:,} bytes"):
+        gnn.open(tmp_path / "g.npz")
 
 
 def test_targets_and_edge_features_come_back_from_npz(tmp_path: Path) -> None:
