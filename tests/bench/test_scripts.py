@@ -62,6 +62,7 @@ HELP = (
     "gnn_parity",
     "gnn_partitioner",
     "gnn_peers",
+    "gnn_start",
     "links",
     "manage_power",
     "processes",
