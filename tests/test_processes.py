@@ -170,18 +170,26 @@ def test_different_data_is_found_before_the_first_step(tmp_path: Path) -> None:
     assert "Weights and batch of the first step differ between process 0 and process 1. " in err
 
 
-def alone(folder: Path, port: int, index: str = "0") -> tuple[int, str, float]:
-    """A process of two that is started by hand, and how long it waited for the other."""
-    began = time.monotonic()
+def start_alone(folder: Path, port: int, index: str = "0") -> subprocess.Popen[str]:
+    """A process of two that is started by hand."""
     said = {
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": index,
         "PARTITA_TIMEOUT": "4",
     }
-    job = start(folder, 0, **said)
-    _, err = job.communicate(timeout=100)
-    return job.returncode, err, time.monotonic() - began
+    return start(folder, 0, **said)
+
+
+def listening(port: int) -> set[str]:
+    """Addresses at which somebody listens to a port, as the kernel writes them."""
+    rows = Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()
+    local = [line.split()[1] for line in rows.splitlines() if line.split()[3] == "0A"]
+    return {
+        address
+        for address, _, number in (row.partition(":") for row in local)
+        if int(number, 16) == port
+    }
 
 
 def free_port() -> int:
@@ -197,8 +205,17 @@ def free_port() -> int:
 def test_who_waits_in_vain_says_for_what_and_until_when(
     index: str, missing: str, tmp_path: Path
 ) -> None:
-    code, err, _ = alone(tmp_path, free_port(), index)
-    assert code == 3
+    port = free_port()
+    job = start_alone(tmp_path, port, index)
+    addresses: set[str] = set()
+    while job.poll() is None:
+        addresses |= listening(port)
+        time.sleep(0.1)
+    err = job.communicate()[1]
+    assert job.returncode == 3
+    # The coordinator listens at 127.0.0.1, in IPv4 or mapped to IPv6, and nowhere else.
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F"}
+    assert addresses <= loopback and bool(addresses) == (index == "0")
     assert missing in err and "has waited 4 s" in err
 
 
@@ -206,8 +223,9 @@ def test_a_port_in_use_is_said(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        code, err, _ = alone(tmp_path, taken.getsockname()[1])
-    assert code == 2
+        job = start_alone(tmp_path, taken.getsockname()[1])
+        err = job.communicate(timeout=100)[1]
+    assert job.returncode == 2
     assert "is in use. Give another one" in err
 
 
