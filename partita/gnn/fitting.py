@@ -39,7 +39,8 @@ def check_fits(
     machine = machine or at_hand(devices)
     available = capacity(machine)
     needed = least_bytes(model, graph, key)
-    certain = CLEARLY * needed + _edge_rows_bytes(graph, key) + WORK_SPACE
+    products = 4 * key.architecture.matrix_columns * -(-graph.vertices // devices)
+    certain = CLEARLY * (needed + products) + _edge_rows_bytes(graph, key) + WORK_SPACE
     if certain <= available:
         return
     if needed <= available:

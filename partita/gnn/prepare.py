@@ -155,6 +155,7 @@ class Architecture:
 
     aggregations    (features, 'sum', 'max' or 'attention') of every aggregation, in order
     matrix_entries  trainable numbers in matrices
+    matrix_columns  columns of these matrices: features that their products give a row
     by_vertex       whether vertices meet in aggregations only (`FullGraphTraining`)
     normalizes      for each division by square roots of degrees: the weight of a missing self edge,
                     0 where none is added
@@ -162,6 +163,7 @@ class Architecture:
 
     aggregations: tuple[tuple[int, str], ...]
     matrix_entries: int
+    matrix_columns: int
     by_vertex: bool
     normalizes: tuple[float, ...] = ()
 
@@ -191,6 +193,7 @@ def architecture_of(model: Any, graph: Graph) -> Architecture:
     return Architecture(
         aggregations=tuple(calls.aggregations),
         matrix_entries=sum(int(np.prod(shape)) for shape in matrices),
+        matrix_columns=sum(shape[-1] for shape in matrices),
         by_vertex=bool(vars(type(model)).get("by_vertex") and model.by_vertex),
         normalizes=tuple(sorted(calls.normalizes)),
     )

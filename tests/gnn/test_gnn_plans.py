@@ -187,3 +187,13 @@ def test_fit_refuses_a_graph_near_the_limit_by_its_simulated_peak(
     fitting = with_memory("h100:1", 2 * peak)
     monkeypatch.setattr("partita.gnn.fitting.at_hand", lambda devices: fitting)
     model.fit(GRAPH, verbose=0)
+
+
+def test_wide_rows_between_narrow_aggregations_are_counted() -> None:
+    model = gnn.GCN(hidden=2**16, classes=4)
+    model.compile("sgd")
+    key = model._graph_trainer.checked_key(GRAPH, Split())
+    rows = GRAPH.vertices * 4 * 2**16
+    assert least_bytes(model, GRAPH, key) < rows / 10
+    with pytest.raises(GraphError, match="needs .* of each device, and a step may use"):
+        check_fits(model, GRAPH, key, with_memory("h100:1", 2 * rows))
