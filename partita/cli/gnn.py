@@ -331,7 +331,8 @@ def train(
     """Train a graph network on a whole graph.
 
     Prints loss, accuracy, time per epoch, the parts of the devices and their traffic. The same seed
-    gives the same losses on any number of devices.
+    gives the same losses on any number of devices. Training uses the devices of this machine; the
+    command plan predicts it for any machine.
 
     --partition: "edges" and "vertices" give every device an equal number of in-edges or vertices.
     "learned" moves the split between epochs by measured times. "metis" keeps neighbours together.
@@ -438,24 +439,9 @@ def plan(
 
 def _print_plans(plans: Any) -> None:
     """Prints the table of plans, and the best one."""
-    from partita.report.tables import add_columns, add_row, new_table, timeline_summary
+    from partita.report.tables import parts_table, timeline_summary
 
-    table = new_table(f"{plans.graph} on {plans.machine}: predicted training, one step an epoch")
-    add_columns(table, "parts", "epoch", "memory", "of", "fits", "traffic", "host", "copies")
-    for one in plans.plans:
-        add_row(
-            table,
-            f"{one.parts}",
-            format_seconds(one.seconds),
-            format_bytes(one.needed_bytes),
-            format_bytes(one.available_bytes),
-            "yes" if one.fits else "no",
-            format_bytes(one.timeline.total_traffic),
-            format_bytes(one.host_bytes) if one.memory else "-",
-            format_seconds(one.host_seconds) if one.memory else "-",
-            style="bold" if one is plans.best else None,
-        )
-    out.print(table)
+    out.print(parts_table(plans.to_json()))
     out.print(plans.sentence, markup=False, soft_wrap=True)
     if plans.best is not None:
         for line in timeline_summary(plans.best.timeline):

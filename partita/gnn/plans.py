@@ -79,6 +79,12 @@ class GraphPlan:
     def fits(self) -> bool:
         return self.needed_bytes <= self.available_bytes
 
+    def _repr_html_(self) -> str:
+        """The simulated step as a table in a notebook cell."""
+        from partita.report.notebook import timeline_html
+
+        return timeline_html(self.timeline)
+
     def to_json(self) -> dict[str, Any]:
         """The figures as a JSON value."""
         return {
@@ -88,6 +94,7 @@ class GraphPlan:
             "available_bytes": self.available_bytes,
             "fits": self.fits,
             "traffic_bytes": self.timeline.total_traffic,
+            "memory_plan": self.memory is not None,
             "host_bytes": self.host_bytes,
             "host_seconds": self.host_seconds,
             "joules": self.timeline.joules,
@@ -113,13 +120,21 @@ class GraphPlans:
         """The best number of parts, or the bytes that are missing and the fix."""
         best = self.best
         if best is not None:
-            return f"fastest that fits: {best.parts} parts"
+            return f"fastest that fits: {best.parts} {'parts' if best.parts > 1 else 'part'}"
         least = min(self.plans, key=lambda plan: plan.needed_bytes)
+        parts = f"{least.parts} parts need" if least.parts > 1 else "1 part needs"
         return (
-            f"'{self.graph}' does not fit on {self.machine}: {least.parts} parts need "
+            f"'{self.graph}' does not fit on {self.machine}: {parts} "
             f"{format_bytes(least.needed_bytes)} of each device, and a step may use "
             f"{format_bytes(least.available_bytes)}. Use more devices, or devices with more memory."
         )
+
+    def _repr_html_(self) -> str:
+        """The plans as a table in a notebook cell."""
+        from partita.report.notebook import table_html
+        from partita.report.tables import parts_table
+
+        return table_html(parts_table(self.to_json()), [self.sentence])
 
     def to_json(self) -> dict[str, Any]:
         """The figures of all plans as a JSON value."""

@@ -43,7 +43,7 @@ def timeline_html(timeline: Timeline) -> str:
     """A simulated step as an HTML table, its sums below."""
     from partita.report.tables import timeline_summary, timeline_table
 
-    return _html(timeline_table(timeline), timeline_summary(timeline))
+    return table_html(timeline_table(timeline), timeline_summary(timeline))
 
 
 def comparison_html(comparison: Comparison) -> str:
@@ -51,10 +51,10 @@ def comparison_html(comparison: Comparison) -> str:
     from partita.report.tables import comparison_table
 
     title = f"{comparison.graph} on {comparison.machine}"
-    return _html(comparison_table(comparison.to_json()["plans"], title))
+    return table_html(comparison_table(comparison.to_json()["plans"], title))
 
 
-def _html(table: Any, lines: Iterable[str] = ()) -> str:
+def table_html(table: Any, lines: Iterable[str] = ()) -> str:
     """A table for the terminal as HTML, with lines below."""
     from partita.report.elements import tag
 

@@ -365,6 +365,29 @@ COLLECTIVES = ("exchange", "sum", "gather", "move")
 """Kinds of tasks that send between devices."""
 
 
+def parts_table(plans: Mapping[str, Any]) -> Table:
+    """Training on parts of a graph, by their number: {graph, machine, best, plans}, of each plan
+    {parts, seconds, needed_bytes, available_bytes, fits, traffic_bytes, host_bytes, host_seconds,
+    memory_plan}."""
+    title = f"{plans['graph']} on {plans['machine']}: predicted training, one step an epoch"
+    table = new_table(title)
+    add_columns(table, "parts", "epoch", "memory", "of", "fits", "traffic", "host", "copies")
+    for row in plans["plans"]:
+        add_row(
+            table,
+            f"{row['parts']}",
+            format_seconds(row["seconds"]),
+            format_bytes(row["needed_bytes"]),
+            format_bytes(row["available_bytes"]),
+            "yes" if row["fits"] else "no",
+            format_bytes(row["traffic_bytes"]),
+            format_bytes(row["host_bytes"]) if row["memory_plan"] else "-",
+            format_seconds(row["host_seconds"]) if row["memory_plan"] else "-",
+            style="bold" if row == plans["best"] else None,
+        )
+    return table
+
+
 def timeline_table(timeline: Timeline) -> Table:
     """A simulated step: seconds by kind and phase, in total, and on the critical path."""
     table = new_table(

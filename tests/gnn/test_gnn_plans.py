@@ -54,7 +54,11 @@ def test_every_number_of_parts_is_priced_and_the_fastest_that_fits_is_best(
     assert (one.parts, two.parts) == (1, 2) and one.needed_bytes > two.needed_bytes
     best = plans.best
     assert best is not None and best.seconds == min(one.seconds, two.seconds)
-    assert plans.sentence == f"fastest that fits: {best.parts} parts"
+    parts = {1: "1 part", 2: "2 parts"}[best.parts]
+    assert plans.sentence == f"fastest that fits: {parts}"
+    html = plans._repr_html_()
+    assert html.count("<tr>") == 3 and html.endswith(f"<div>{plans.sentence}</div></div>")
+    assert "a step of" in best._repr_html_()
 
 
 def test_a_graph_that_does_not_fit_is_named_with_both_numbers(plans: gnn.GraphPlans) -> None:
