@@ -27,6 +27,7 @@ from partita.planning import (
     check_functions,
     check_measurable,
     make_planner,
+    plan_sentence,
     resolve_machine,
     search_plan,
     simulate_plan,
@@ -215,7 +216,7 @@ def parallelize(
             measure_operators=options.get("measure_operators", False),
             report=options.get("report"),
         )
-        planner = make_planner(plan, devices, machine, search, _teller_of_idleness(say))
+        planner = make_planner(plan, devices, machine, search, _teller_of_plans(say))
     program: Any = model
     if is_keras_model(program):
         from partita.keras.fit import attach, attached
@@ -315,16 +316,14 @@ def _tell_of_devices(say: Callable[[str], None] | None) -> None:
         warnings.warn(sentence, stacklevel=3)
 
 
-def _teller_of_idleness(say: Callable[[str], None] | None) -> PlanListener | None:
-    """A listener that says why a plan leaves all devices but one idle; None without `say`."""
-    from partita.execute.function import is_split
-
+def _teller_of_plans(say: Callable[[str], None] | None) -> PlanListener | None:
+    """A listener that says what a plan for several devices splits; None without `say`."""
     if say is None:
         return None
 
     def tell(captured: Any, target: Machine, plan: Plan) -> None:
-        if target.devices > 1 and plan.notes and not is_split(plan):
-            say(f"'{captured.graph.name}': {plan.notes[0]}.")
+        if target.devices > 1:
+            say(f"{plan_sentence(plan, target)}.")
 
     return tell
 

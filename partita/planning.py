@@ -616,6 +616,17 @@ def simulate_plan(
     return simulated(graph, machine, resolve_plan(plan, graph, machine, report))
 
 
+def plan_sentence(plan: Plan, machine: Machine) -> str:
+    """A plan on a machine in a line, or the reason if it leaves all devices but one idle."""
+    from partita.execute.function import is_split
+
+    name = f"'{plan.graph}' on {machine.name}"
+    if machine.devices > 1 and plan.notes and not is_split(plan):
+        return f"{name}: {plan.notes[0]}"
+    step = format_seconds(plan.predicted["seconds"])
+    return f"{name}: {describe(plan)}; {step} a step predicted"
+
+
 def describe(plan: Plan) -> str:
     """A plan in a line: operators per kind of split, stored variables, stages, microbatches."""
     if not plan.mesh.axes:

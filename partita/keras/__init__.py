@@ -59,11 +59,9 @@ def _make_training_parallel() -> None:
 
 
 def _say_plan(captured: Any, machine: Any, plan: Any) -> None:
-    from partita.planning import describe
-    from partita.units import format_seconds
+    from partita.planning import plan_sentence
 
-    step = format_seconds(plan.predicted["seconds"])
-    _say(f"'{plan.graph}' on {machine.name}: {describe(plan)}; {step} a step predicted")
+    _say(plan_sentence(plan, machine))
 
 
 def _say(sentence: str) -> None:

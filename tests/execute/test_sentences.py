@@ -91,4 +91,11 @@ def test_a_plan_for_one_device_says_why(plan: str, reason: str) -> None:
     said: list[str] = []
     arguments = ({"w": jnp.ones((1, 1))}, jnp.ones((8, 1)))
     partita.parallelize(step, arguments, devices=4, plan=plan, say=said.append)
-    assert said[0].startswith(f"'step': {reason}"), said
+    assert said[0].startswith(f"'step' on host:4: {reason}"), said
+
+
+def test_a_plan_for_several_devices_says_how_many_and_the_splits() -> None:
+    said: list[str] = []
+    arguments = ({"w": jnp.ones((4, 4))}, jnp.ones((8, 4)))
+    partita.parallelize(step, arguments, devices=4, plan="dp", say=said.append)
+    assert said[0].startswith("'step' on host:4: 1 of 1 operators by S; "), said
