@@ -42,8 +42,9 @@ TENSORFLOW_OPERATIONS = (
 NOTHING_PARALLEL = (
     "Nothing was parallel: no Keras model trained by fit or train_on_batch, and nothing was given "
     "to partita.parallelize. One line makes a loop of your own parallel: "
-    "step = partita.parallelize(step, arguments_of_a_call). A graph network takes the number of "
-    "devices itself: model.fit(graph, devices=4)."
+    "step = partita.parallelize(step, arguments_of_a_call), or for a PyTorch module "
+    "step = partita.torch.parallelize(module, loss, optimizer). A graph network takes the number "
+    "of devices itself: model.fit(graph, devices=4)."
 )
 
 
@@ -304,6 +305,11 @@ def _code_of_module(name: str, main: types.ModuleType) -> types.CodeType:
     spec = _spec_of(name)
     if spec is not None and spec.submodule_search_locations is not None:
         spec = _spec_of(f"{name}.__main__")
+        if spec is None:
+            raise PartitaError(
+                f"The package {name!r} has no __main__.py to run. Name a module of it, such as "
+                f"{name}.train."
+            )
     code = spec.loader.get_code(spec.name) if spec is not None and spec.loader else None
     if spec is None or code is None:
         raise PartitaError(

@@ -293,6 +293,11 @@ def test_a_module_that_does_not_exist_is_named(name):
         run_script(Script(name, as_module=True), plan)
 
 
+def test_a_package_without_a_main_module_is_told_to_name_a_module():
+    with pytest.raises(PartitaError, match=r"'json' has no __main__.py .* such as json.train"):
+        run_script(Script("json", as_module=True), plan)
+
+
 def test_devices_at_hand():
     machine = detect()
     assert machine.devices == 8
