@@ -9,7 +9,7 @@ compiles nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -398,11 +398,40 @@ def exchanged_bytes(jaxpr: Any, devices: int) -> int:
             stays = devices // len(groups[0]) if groups else 0
             nbytes = sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
             total += (devices - stays) * nbytes
-        for inner in jax.tree.leaves(equation.params, is_leaf=_is_program):
-            program = getattr(inner, "jaxpr", inner)
-            if hasattr(program, "eqns"):
-                total += exchanged_bytes(program, devices)
+        total += sum(exchanged_bytes(inner, devices) for inner in _inner_programs(equation))
     return total
+
+
+def peak_bytes(jaxpr: Any) -> int:
+    """Bytes of the values inside a program at its peak, without its inputs.
+
+    A result takes the place of an operand of its size that is read for the last time.
+    """
+    last_reads: dict[Any, int] = {}
+    for number, equation in enumerate(jaxpr.eqns):
+        last_reads.update((v, number) for v in equation.invars if not hasattr(v, "val"))
+    last_reads.update((v, len(jaxpr.eqns)) for v in jaxpr.outvars if not hasattr(v, "val"))
+    alive: dict[Any, int] = {}
+    peak = 0
+    for number, equation in enumerate(jaxpr.eqns):
+        results = {v: v.aval.size * v.aval.dtype.itemsize for v in equation.outvars}
+        dead = [v for v in alive if last_reads.get(v, -1) <= number]
+        replaced = [alive[v] for v in dead if alive[v] in results.values()]
+        inside = max(map(peak_bytes, _inner_programs(equation)), default=0)
+        before = sum(alive.values())
+        peak = max(peak, before + max(sum(results.values()) - sum(replaced), inside))
+        alive.update(results)
+        for v in dead:
+            del alive[v]
+    return peak
+
+
+def _inner_programs(equation: Any) -> Iterator[Any]:
+    """The programs in an operation's parameters."""
+    for inner in jax.tree.leaves(equation.params, is_leaf=_is_program):
+        program = getattr(inner, "jaxpr", inner)
+        if hasattr(program, "eqns"):
+            yield program
 
 
 def _is_program(value: Any) -> bool:

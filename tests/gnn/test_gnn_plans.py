@@ -201,3 +201,14 @@ def test_wide_rows_between_narrow_aggregations_are_counted() -> None:
     assert least_bytes(model, GRAPH, key) < rows / 10
     with pytest.raises(GraphError, match="needs .* of each device, and a step may use"):
         check_fits(model, GRAPH, key, with_memory("h100:1", 2 * rows))
+
+
+def test_wide_rows_inside_an_operator_are_scratch_of_a_memory_plan() -> None:
+    graph = gnn.generate.erdos_renyi(3200, 3200, classes=4, features=4).graph()
+    model = gnn.GCN(hidden=2**12, classes=4)
+    model.compile("sgd")
+    with pytest.raises(GraphError, match="the largest operator alone needs") as raised:
+        gnn.plan(model, graph, "h100:1", memory="1kB")
+    needed = int(str(raised.value).split("needs ")[1].split(" bytes")[0].replace(",", ""))
+    # The backward operator on 100 rows, the smallest range, holds the rows and their gradients.
+    assert needed > 2 * 100 * 4 * 2**12

@@ -24,7 +24,7 @@ from partita.gnn.spill.groups import GroupedModel, PieceGroup
 from partita.gnn.spill.jobs import Carry, Job, JobInputs, first_carry, jobs_of
 from partita.gnn.spill.plan import LayerOperator, StepWork
 from partita.gnn.spill.tables import Table, TileCuts, array_bytes, is_tiled, ranges
-from partita.gnn.step import StepState, exchanged_bytes, loss_scale, on_each_device
+from partita.gnn.step import StepState, exchanged_bytes, loss_scale, on_each_device, peak_bytes
 
 FINENESS = (1, 2, 4, 8, 16)
 """Numbers of columns that tables may be cut into, with twice that number of rows; 1 is uncut."""
@@ -77,8 +77,8 @@ class ModelShapes:
     """A model with the shapes of its variables, and of the data of a graph without features.
 
     data        of one device, of `data.block.parts`
-    compiles    whether operators are compiled, to run; else their scratch is their inputs and
-                outputs, and no device is needed
+    compiles    whether operators are compiled, to run; else their scratch is the larger of their
+                inputs and outputs and of the values inside, and no device is needed
     """
 
     model: Any
@@ -282,13 +282,20 @@ class _Assembly:
         """The program of a job on a range of this size."""
         key = (job.kind, job.number, size)
         table_bytes = sum(map(array_bytes, [*inputs, *outputs]))
-        if not self.shapes.compiles:
-            return _Program(None, table_bytes, 0)
-        if key not in self.programs:
-            shapes = self.shapes
-            function = on_each_device(
-                _separate(job.function, size), shapes.devices, (True, True, False), gives_own=True
+        shapes = self.shapes
+        function = _separate(job.function, size)
+        if key not in self.programs and not shapes.compiles:
+            axes = [(AXIS, shapes.devices)]
+            program = jax.make_jaxpr(function, axis_env=axes)(
+                self.carry,
+                (shapes.data, list(inputs)),
+                (shapes.state.trainable, shapes.state.others, jnp.int32(0)),
             )
+            inside = peak_bytes(program.jaxpr) - sum(map(array_bytes, outputs))
+            scratch = max(table_bytes, inside)
+            self.programs[key] = _Program(None, scratch, 0)
+        if key not in self.programs:
+            function = on_each_device(function, shapes.devices, (True, True, False), gives_own=True)
             step = jax.jit(function, donate_argnums=0, compiler_options=step_options())
             number = jax.ShapeDtypeStruct((), jnp.int32)
             traced = step.trace(

@@ -1,9 +1,9 @@
 """A training step within a memory limit, priced on a machine that is not here.
 
 The memory plan is that of training (`plan`), with one difference: nothing is compiled, so the
-scratch of an operator is as large as its inputs and outputs. It becomes cost terms of the ordinary
-step. The operators of a layer copy its tiles to and from the host, in the pass in which the plan
-does, and compute again what the plan's backward operators do.
+scratch of an operator is the larger of its inputs and outputs and of the values inside it. The plan
+becomes cost terms of the ordinary step. The operators of a layer copy its tiles to and from the
+host, in the pass in which the plan does, and compute again what the plan's backward operators do.
 """
 
 from __future__ import annotations
