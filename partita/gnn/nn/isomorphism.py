@@ -166,9 +166,14 @@ class GINEConv(GINConv):
 def checked_edges(layer: Any, features: Any, width: int) -> Any:
     """Edge features [edges, width]; GraphError if there are none, or others."""
     if features is None or features.shape[1] != width:
-        given = "no edge features" if features is None else f"{features.shape[1]} edge features"
+        count = 0 if features is None else features.shape[1]
+        fix = (
+            f"make it with edge_dim={count}"
+            if count
+            else "give Graph.from_edges(edge_features=...)"
+        )
         raise GraphError(
             f"{type(layer).__name__} {layer.name!r} needs {width} features of every edge, and the "
-            f"graph has {given}: give Graph.from_edges(edge_features=...), or edge_dim=."
+            f"graph has {count or 'no'} edge features: {fix}."
         )
     return features
