@@ -190,10 +190,10 @@ class Checkpoint(keras.callbacks.Callback):
     def _restore(self, epoch: int) -> None:
         """Sets the variables, and the order of samples, as they were after an epoch."""
         variables = self._variables()
-        saved_names = self._check_same_model(epoch, variables)
+        self._check_same_model(epoch, variables)
         target = {}
         for name, variable in variables.items():
-            target[saved_names[name]] = np.empty(variable.shape, variable.dtype)
+            target[name] = np.empty(variable.shape, variable.dtype)
         with self._readable(epoch):
             restored: Any = self._manager.restore(
                 epoch,
@@ -204,14 +204,13 @@ class Checkpoint(keras.callbacks.Callback):
             _compare_checksums(CHECKSUMS(self._saved_json(epoch, "checksums")), state)
             self._order_seed = ORDER(self._saved_json(epoch, "order"))["seed"]
         for name, variable in variables.items():
-            variable.assign(state[saved_names[name]])
+            variable.assign(state[name])
 
-    def _check_same_model(self, epoch: int, variables: dict[str, Any]) -> dict[str, str]:
-        """Per variable its name in a checkpoint. PartitaError if that has other variables."""
+    def _check_same_model(self, epoch: int, variables: dict[str, Any]) -> None:
+        """PartitaError if a checkpoint has other variables."""
         model: Any = self.model
         with self._readable(epoch):
-            description = self._saved_description(epoch)
-        saved = {_structural(name): shape for name, shape in description.items()}
+            saved = self._saved_description(epoch)
         current = {name: (tuple(v.shape), str(v.dtype)) for name, v in variables.items()}
         for name in sorted({*current, *saved}):
             if current.get(name) != saved.get(name):
@@ -221,7 +220,6 @@ class Checkpoint(keras.callbacks.Callback):
                     f"'{model.name}'. Name another folder, or give the model of the "
                     "checkpoints."
                 )
-        return {_structural(name): name for name in description}
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._forget_first_epoch()
@@ -365,7 +363,7 @@ def _compare_checksums(saved: dict[str, int], state: dict[str, np.ndarray]) -> N
         array = np.asarray(value)
         if saved.get(name) != array_checksum(array, (0,) * array.ndim, array.shape):
             raise FieldError("damaged (its checksum differs)", "use another checkpoint").inside(
-                _structural(name)
+                name
             )
 
 
