@@ -3,13 +3,18 @@
 Imports take seconds on a busy machine, so Ctrl-C is answered from the first one on.
 """
 
+import _thread
+import functools
 import os
 import sys
+import threading
+from typing import Any
 
 
 def main() -> None:
     """Runs the command of the command line."""
     _open_closed_output()
+    keep_interrupts()
     try:
         from partita.cli.main import main as run_command
 
@@ -17,6 +22,23 @@ def main() -> None:
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         sys.exit(130)
+
+
+def keep_interrupts() -> None:
+    """Makes Ctrl-C certain.
+
+    Python drops an exception in a callback of its garbage collector, and JAX has such a callback.
+    A KeyboardInterrupt that is dropped there is raised again a moment later.
+    """
+    sys.unraisablehook = functools.partial(_interrupt_again, sys.unraisablehook)
+
+
+def _interrupt_again(other_hook: Any, unraisable: Any) -> None:
+    """A `sys.unraisablehook` that raises a dropped KeyboardInterrupt again."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        other_hook(unraisable)
 
 
 def _open_closed_output() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from partita.__main__ import keep_interrupts
 from partita.cli.main import app
 from partita.cli.options import PlanFiles
 from partita.cli.run import Record
@@ -452,3 +455,19 @@ def test_an_environment_without_jax_is_one_sentence(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith(f"error: {sentence}"), done.stderr
+
+
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(phase: str, info: dict[str, int]) -> None:
+        gc.callbacks.remove(interrupt)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    keep_interrupts()
+    gc.callbacks.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        gc.collect()
+        for _ in range(500):
+            time.sleep(0.01)
