@@ -26,6 +26,7 @@ from partita.errors import PartitaError
 from partita.execute import members
 from partita.execute.process_arrays import is_local, is_of_group, whole
 from partita.execute.processes import alone, from_first, together
+from partita.execute.steps import uninterrupted
 from partita.files.checksums import (
     MODULUS,
     array_checksum,
@@ -260,7 +261,13 @@ class Checkpoint(keras.callbacks.Callback):
     def _write(self, epoch: int, args: Any) -> str:
         """Writes a checkpoint; PartitaError where that fails."""
         try:
-            with _quietly(), self._as_counted(), together("saving a checkpoint"):
+            # Orbax writes in other threads, which must not meet the end of the process.
+            with (
+                uninterrupted(),
+                _quietly(),
+                self._as_counted(),
+                together("saving a checkpoint"),
+            ):
                 self._manager.save(epoch, args=args)
         except (OSError, ValueError) as error:
             last = self._manager.latest_step()

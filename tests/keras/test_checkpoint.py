@@ -3,6 +3,7 @@
 import copy
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from partita.errors import PartitaError
 from partita.execute import members
 from partita.execute.board import Event
 
-pytest.importorskip("orbax.checkpoint")
+orbax: Any = pytest.importorskip("orbax.checkpoint")
 HOLDER = """
 import sys, time
 from pathlib import Path
@@ -64,6 +65,27 @@ def test_the_first_live_process_writes_after_a_loss(
     _, rest = fit(tmp_path / "parts", 4)
     assert (middle.epoch, rest.epoch) == ([1], [2, 3])
     assert rest.history["loss"] == pytest.approx(whole.history["loss"][2:], rel=1e-6)
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = orbax.CheckpointManager
+    save = manager.save
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return save(*arguments, **options)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(manager, "save", interrupted)
+            fit(tmp_path, 2)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    _, rest = fit(tmp_path, 2)
+    assert rest.epoch == [1]
 
 
 def test_a_folder_that_another_run_uses_is_refused(tmp_path: Path) -> None:
