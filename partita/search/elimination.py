@@ -16,12 +16,15 @@ that fit.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import njit
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
 
 from partita.search.base import (
     Array,
@@ -204,11 +207,13 @@ def _price_folded(
         return None
     price = search.price_of_bound
     states, minimum = priced.solve(price, CLOSE_BOUND)
-    fitting = []
-    for candidate in (folded.lift(answer.best), states):
-        if problem.memory_bytes(candidate) <= budget:
-            fitting.append(_polish(problem, budget, candidate))
-    best = min(fitting, key=problem.cost)
+    candidates = [folded.lift(answer.best), states]
+    candidates.append(folded.lift(search.too_large.states))
+    fitting = [one for one in candidates if problem.memory_bytes(one) <= budget]
+    for small_states, large_states in itertools.permutations(candidates, 2):
+        if small_states in fitting:
+            fitting.append(_filled(problem, budget, small_states, large_states))
+    best = min((_polish(problem, budget, one) for one in fitting), key=problem.cost)
     seconds = problem.cost(best)
     bound = min(minimum - price * budget, seconds)
     history.add("pricing memory", seconds, bound)
@@ -254,7 +259,8 @@ class _PriceSearch:
             self.best = fitting.states
             self._refine(fitting, history, rounds)
         if self.best is not None:
-            self.best = _polish(self.problem, self.budget, self.best)
+            filled = _filled(self.problem, self.budget, self.best, self.too_large.states)
+            self.best = _polish(self.problem, self.budget, filled)
             self.bound = min(self.bound, self.problem.cost(self.best))
         return _Answer(self.best, self.smallest, self.bound)
 
@@ -330,6 +336,38 @@ class _PriceSearch:
     def _priced_cost(self, states: Chosen, price: float) -> float:
         nbytes = self.problem.memory_bytes(states)
         return self.problem.cost(states) + price * nbytes
+
+
+def _filled(problem: Problem, budget: float, fitting: States, faster: States) -> Chosen:
+    """States that fit, with parts of faster ones for the bytes that are left.
+
+    A part is a connected set of variables whose states differ: its seconds and bytes do not depend
+    on other parts. Those that gain most seconds per byte come first (the greedy rule of a
+    knapsack).
+    """
+    differs = [one != other for one, other in zip(fitting, faster, strict=True)]
+    inside = [ends for ends in problem.tables if differs[ends[0]] and differs[ends[1]]]
+    rows, columns = np.array(inside, np.int64).reshape(-1, 2).T
+    edges = csr_array((np.ones(len(rows)), (rows, columns)), shape=(problem.size, problem.size))
+    count, part = connected_components(edges, directed=False)
+    seconds = np.zeros(count)
+    nbytes = np.zeros(count)
+    for v in itertools.compress(range(problem.size), differs):
+        seconds[part[v]] += problem.seconds[v][faster[v]] - problem.seconds[v][fitting[v]]
+        nbytes[part[v]] += problem.nbytes[v][faster[v]] - problem.nbytes[v][fitting[v]]
+    for (u, v), table in problem.tables.items():
+        if differs[u] or differs[v]:
+            change = table[faster[u], faster[v]] - table[fitting[u], fitting[v]]
+            seconds[part[u if differs[u] else v]] += change
+    left = budget - problem.memory_bytes(fitting)
+    chosen = np.zeros(count, bool)
+    gains = np.where(nbytes > 0, -seconds / np.maximum(nbytes, 1), np.inf)
+    for one in np.argsort(-gains, kind="stable"):
+        if seconds[one] < 0 and nbytes[one] <= left:
+            chosen[one] = True
+            left -= nbytes[one]
+    pairs = zip(fitting, faster, part, strict=True)
+    return tuple(other if chosen[one_part] else one for one, other, one_part in pairs)
 
 
 def _polish(problem: Problem, budget: float, states: States) -> Chosen:

@@ -116,3 +116,17 @@ def test_an_interrupt_gives_the_best_so_far() -> None:
     result = eliminate(problem, 1.0, interrupt)
     assert result.stopped
     assert len(result.states) == 4
+
+
+def test_bytes_that_are_left_are_filled_with_parts_that_change_together() -> None:
+    """Six equal pairs: no price of a byte takes some and not others, nor does a single change."""
+    slow, fast = 0, 1
+    apart = np.array([[0.0, 9.0], [9.0, 0.0]])
+    pairs = 6
+    seconds = [np.array([2.0, 1.0])] * 2 * pairs
+    nbytes = [np.array([1.0, 10.0])] * 2 * pairs
+    tables = {(2 * n, 2 * n + 1): apart for n in range(pairs)}
+    budget = 4 * 10.0 + 8 * 1.0 + 5
+    result = eliminate(Problem.of(seconds, nbytes, tables), budget)
+    assert sorted(result.states) == [slow] * 8 + [fast] * 4
+    assert result.seconds == 4 * 1.0 + 8 * 2.0
