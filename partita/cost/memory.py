@@ -91,6 +91,8 @@ class PeakMemory:
     """The operator that runs at the peak."""
     course: np.ndarray = field(compare=False, repr=False)
     """Bytes allocated while each instruction runs, and after the last."""
+    by_operator: np.ndarray = field(compare=False, repr=False)
+    """[operator]: bytes of its arguments and values at the peak; empty where they are not known."""
 
 
 def memory(
@@ -136,6 +138,11 @@ def memory(
     course = compiler.temporary_bytes(live, largest) + allocations.program_bytes
     peak = int(np.argmax(course))
     operator = graph.owner[peak] if peak < count else -1
+    by_operator = np.zeros(len(graph.operators) + 1)
+    for _, home, nbytes in allocations.arguments:
+        by_operator[home] += nbytes * is_present[home]
+    at_peak = present & (allocations.start <= peak) & (peak <= allocations.stop)
+    np.add.at(by_operator, allocations.home[at_peak], allocations.nbytes[at_peak])
     by_kind = {}
     for kind in ("activations", "gradients"):
         chosen = present & (allocations.kind == KINDS.index(kind))
@@ -154,6 +161,7 @@ def memory(
         int(course[peak]) - by_kind["activations"] - by_kind["gradients"],
         graph.operators[operator].name if operator >= 0 else "",
         constant + course[: count + 1].astype(np.int64),
+        by_operator[:-1],
     )
 
 

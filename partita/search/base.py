@@ -128,6 +128,40 @@ class Problem(EqualByContent):
         return float(_total(self.nbytes, states))
 
 
+@dataclass(frozen=True)
+class RecomputedProblem:
+    """A problem with second copies of states, and their meaning."""
+
+    problem: Problem
+    origin: Sequence[Array]
+    """Per operator, [state]: the state of the network."""
+    again: Sequence[Array]
+    """Per operator, [state]: whether the operator is computed again."""
+
+    def lift(self, states: States) -> tuple[int, ...]:
+        """States of the network."""
+        pairs = zip(self.origin, states, strict=True)
+        return tuple(int(origin[i]) for origin, i in pairs)
+
+    def recomputed(self, states: States) -> tuple[int, ...]:
+        """The operators that are computed again."""
+        pairs = zip(self.again, states, strict=True)
+        return tuple(o for o, (again, i) in enumerate(pairs) if again[i])
+
+    def with_origin(self, states: States, origin: States) -> tuple[int, ...] | None:
+        """The states of other ones of the network in which the same operators are computed again.
+
+        None if an operator has no such state, because another one makes it needless.
+        """
+        changed = []
+        for o, state in enumerate(states):
+            is_equal = (self.origin[o] == origin[o]) & (self.again[o] == self.again[o][state])
+            if not is_equal.any():
+                return None
+            changed.append(int(is_equal.argmax()))
+        return tuple(changed)
+
+
 def _total(arrays: Sequence[Array], states: States) -> float:
     """Sum of the entries of these states."""
     return sum(array[i] for array, i in zip(arrays, states, strict=True))

@@ -8,7 +8,7 @@ Stages, in order (`find`):
                        GPU with optimizer slots in host memory too, if memory limits plans
     MCMC               the shortest simulated step, from several plans (`search.mcmc`)
     rematerialization  splits together with rematerialized operators, if memory limits plans
-                       (`search.rematerialization`)
+                       (`search.together`)
     memory check       real peak memory (`cost.memory`), which is no sum of parts
     pipeline stages    stages, microbatches and rematerialization (`search.pipelines`), optional
     placement          operators on slices of axes (`search.placement`), optional
@@ -67,13 +67,13 @@ from partita.search.recomputation import least_with_recomputation
 from partita.search.reduce import reduce
 from partita.search.relaxation import least_step_seconds
 from partita.search.rematerialization import (
-    best_together,
     groupings,
     rematerialization_notes,
     stored_bytes,
     with_fewest_runs,
 )
 from partita.search.staged_bound import StagedBound
+from partita.search.together import best_together
 from partita.simulation.base import SimulatedStep
 from partita.simulation.simulate import predicted
 from partita.units import format_bytes, format_seconds
@@ -431,7 +431,9 @@ def _counted(request: _Request, plan: Plan, searched: SearchResult) -> Predictio
         plan,
         request.machine,
         operators=(),
-        memory=PeakMemory(math.ceil(searched.nbytes), 0, 0, 0, 0, 0, 0, 0, "", np.zeros(0)),
+        memory=PeakMemory(
+            math.ceil(searched.nbytes), 0, 0, 0, 0, 0, 0, 0, "", np.zeros(0), np.zeros(0)
+        ),
         traffic={},
         flops=0.0,
         seconds=searched.seconds,
@@ -474,8 +476,10 @@ def _or_rematerialized(
         result = replace(result, bound_seconds=min(result.bound_seconds, bound))
     if request.leaves_to_stages or _seconds_to_beat(result) <= result.bound_seconds:
         return result
-    joint = best_together(network, request.limit_bytes)
-    result = replace(result, smallest_bytes=min(result.smallest_bytes, joint.smallest_bytes))
+    states = [states for states in baselines.states.values() if states is not None]
+    joint = best_together(network, limits, states, result.bound_seconds)
+    smallest_bytes = min(result.smallest_bytes, joint.smallest_bytes)
+    result = replace(result, smallest_bytes=smallest_bytes, stopped=joint.stopped)
     if joint.prediction is not None:
         if joint.prediction.seconds < _seconds_to_beat(result):
             result = replace(result, plan=joint.plan, prediction=joint.prediction, fits=True)

@@ -161,7 +161,7 @@ def mcmc(space: SearchSpace, limits: Limits) -> SearchResult:
     if not exact.feasible or exact.stopped:
         return exact
     starts = [s for s in space.baselines if space.simulated.memory_bytes(s) <= limits.budget]
-    return _sampled(space, limits, starts or [exact.states], exact.bound)
+    return sampled(space.simulated, limits, starts or [exact.states], exact.bound)
 
 
 def exhaustive(space: SearchSpace, limits: Limits) -> SearchResult:
@@ -170,9 +170,9 @@ def exhaustive(space: SearchSpace, limits: Limits) -> SearchResult:
     if not exact.feasible or exact.stopped:
         return exact
     starts = [exact.states, *space.baselines]
-    sampled = _sampled(space, replace(limits, seconds=None), starts, exact.bound)
+    shortest = sampled(space.simulated, replace(limits, seconds=None), starts, exact.bound)
     seconds = np.inf if limits.seconds is None else limits.seconds
-    return _proved(space, limits, sampled, seconds)
+    return _proved(space, limits, shortest, seconds)
 
 
 def portfolio(space: SearchSpace, limits: Limits) -> SearchResult:
@@ -182,12 +182,12 @@ def portfolio(space: SearchSpace, limits: Limits) -> SearchResult:
     if not space.overlaps or not exact.feasible or exact.stopped:
         return exact
     starts = [exact.states, lower_states, *space.baselines]
-    if _is_large(space.simulated):
+    if is_large(space.simulated):
         try:
             starts.append(_descended(space, limits, starts))
         except KeyboardInterrupt:
             return replace(exact, stopped=True)
-    result = _sampled(space, limits, starts, exact.bound)
+    result = sampled(space.simulated, limits, starts, exact.bound)
     out_of_time = limits.seconds is not None and time.perf_counter() - begin > limits.seconds
     provable = result.gap > 0 and len(space.network.states) <= SMALL
     if provable and not result.stopped and not out_of_time:
@@ -198,7 +198,7 @@ def portfolio(space: SearchSpace, limits: Limits) -> SearchResult:
     return replace(result, history=(*exact.history, *result.history))
 
 
-def _is_large(problem: Simulated) -> bool:
+def is_large(problem: Simulated) -> bool:
     """Whether a network has so many states that no Markov chain ends."""
     return chain_length(problem) > _proposals(problem)
 
@@ -218,7 +218,12 @@ def _descended(space: SearchSpace, limits: Limits, starts: Sequence[Sequence[int
     states = between.lift(eliminate(between.problem, limits.budget).states)
     fitting = [s for s in (states, *starts) if problem.memory_bytes(s) <= limits.budget]
     best = min(fitting, key=problem.seconds)
-    return descend(problem, best, limits.budget, DESCENT // max(1, problem.tasks.count))
+    return descended(problem, best, limits.budget)
+
+
+def descended(problem: Simulated, start: Sequence[int], budget: float) -> States:
+    """The states of a descent of about half a second."""
+    return descend(problem, start, budget, DESCENT // max(1, problem.tasks.count))
 
 
 def _proved(
@@ -247,11 +252,10 @@ def _proved(
     return proofs[0] if proofs else replace(result, failures=failures)
 
 
-def _sampled(
-    space: SearchSpace, limits: Limits, starts: Sequence[Sequence[int]], bound: float
+def sampled(
+    problem: Simulated, limits: Limits, starts: Sequence[Sequence[int]], bound: float
 ) -> SearchResult:
     """The best states of Markov chains, within seconds or a fixed number of proposals."""
-    problem = space.simulated
     proposals = None
     seconds = limits.seconds
     if seconds is None:

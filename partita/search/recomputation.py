@@ -15,7 +15,7 @@ one of the same choice has neither more seconds nor more bytes.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ from partita.cost.partial import Factors
 from partita.cost.terms import forward_activations
 from partita.graph.operator_graph import OperatorGraph, producers
 from partita.machine import Backend
-from partita.search.base import Array, Ends, Problem, States, numbered
+from partita.search.base import Array, Ends, Problem, RecomputedProblem, numbered
 from partita.search.candidates import assignment_of
 from partita.search.network import CostNetwork, MoveKey
 from partita.search.pipeline_cuts import Cuts
@@ -48,27 +48,6 @@ class Again(NamedTuple):
     """[state]: added seconds."""
     freed_bytes: Array
     """[state]: bytes that are not stored. A state that frees none has no second copy."""
-
-
-@dataclass(frozen=True)
-class RecomputedProblem:
-    """A problem with second copies of states, and their meaning."""
-
-    problem: Problem
-    origin: Sequence[Array]
-    """Per operator, [state]: the state of the network."""
-    again: Sequence[Array]
-    """Per operator, [state]: whether the operator is computed again."""
-
-    def lift(self, states: States) -> tuple[int, ...]:
-        """States of the network."""
-        pairs = zip(self.origin, states, strict=True)
-        return tuple(int(origin[i]) for origin, i in pairs)
-
-    def recomputed(self, states: States) -> tuple[int, ...]:
-        """The operators that are computed again."""
-        pairs = zip(self.again, states, strict=True)
-        return tuple(o for o, (again, i) in enumerate(pairs) if again[i])
 
 
 def with_recomputation(network: CostNetwork) -> RecomputedProblem:

@@ -1,15 +1,12 @@
-"""Rematerialization for plans that exceed device memory: which runs of operators to compute again.
+"""Rematerialized runs of plans that exceed device memory.
 
-`best_together` searches splits and rematerialization at once: whether an operator is computed again
-is a part of its state (`search.recomputation`). The operators that are become runs between narrow
-cuts of the graph (`pipeline_cuts`). The peak memory of a step is no sum, so it is computed for
-several budgets of bytes.
+`OperatorRuns` makes runs of given operators, each between two narrow cuts of the graph
+(`pipeline_cuts`).
 
-If no such plan fits, `with_fewest_runs` takes the splits of a given plan. Short runs store more
-borders, long ones need more memory at once, so several lengths are tried (`groupings`). All runs of
-a length are priced together: the seconds that they add, and the bytes that they free. Those that
-free most bytes per second come first (the greedy rule of a knapsack), as few as the peak of a step
-needs.
+`with_fewest_runs` takes the splits of a given plan. Short runs store more borders, long ones need
+more memory at once, so several lengths are tried (`groupings`). All runs of a length are priced
+together: the seconds that they add, and the bytes that they free. Those that free most bytes per
+second come first (the greedy rule of a knapsack), as few as the peak of a step needs.
 """
 
 from __future__ import annotations
@@ -19,7 +16,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from partita.cost.memory import memory
+import numpy as np
+
+from partita.cost.memory import PeakMemory, memory
 from partita.cost.predict import Prediction
 from partita.cost.terms import Terms
 from partita.graph.flat import SHAPE_ONLY
@@ -30,32 +29,29 @@ from partita.plans.layout import layout_of
 from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Plan
 from partita.search.base import States
-from partita.search.elimination import eliminate
 from partita.search.network import CostNetwork
 from partita.search.pipeline_cuts import Cuts
-from partita.search.recomputation import PRODUCTS, with_recomputation
-from partita.search.reduce import reduce
+from partita.search.recomputation import PRODUCTS
 from partita.simulation.simulate import predicted
 from partita.units import format_bytes, format_seconds
 
 PARTS = (1, 2, 4, 8)
 """Numbers of parts between narrow cuts that make a run."""
-BUDGETS = 6
-"""Budgets of bytes of the search with rematerialized states, at most."""
-CLOSE_BUDGETS = 0.98
-"""Ratio of two budgets between which none is tried: plans come in steps of bytes."""
-FULL = 0.95
-"""Share of the memory from which on a plan is left with all its runs."""
 PEAKS = 5
 """Numbers of runs whose peak memory is computed at most."""
 
 
 @dataclass(frozen=True)
 class Rematerialized:
-    """A plan with rematerialization: the fastest that fits, or else the smallest."""
+    """A plan with rematerialization, and its memory."""
 
     plan: Plan
-    peak_bytes: int
+    memory: PeakMemory
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak memory of a device."""
+        return self.memory.peak
 
 
 def groupings(graph: OperatorGraph, terms: Terms) -> list[tuple[Run, ...]]:
@@ -160,66 +156,6 @@ def _rearranged(graph: OperatorGraph, tensor: int) -> Iterator[int]:
         tensor = instruction.operands[0]
 
 
-class Together(NamedTuple):
-    """The fastest plan that fits of the search with rematerialized states."""
-
-    plan: Plan | None
-    prediction: Prediction | None
-    smallest_bytes: float
-    """Least peak memory of the plans examined."""
-
-
-def best_together(network: CostNetwork, limit_bytes: int) -> Together:
-    """The plan whose splits and rematerialization are the best together; none if none fits.
-
-    The budget of bytes is halved between the largest whose plan fits in memory and the smallest
-    whose plan does not: sums are above the peak where a compiler computes values again by itself.
-    """
-    graph, machine = network.graph, network.placement.machine
-    space = with_recomputation(network)
-    reduced = reduce(space.problem)
-    operator_runs = OperatorRuns(graph, network.terms)
-    best = Together(None, None, math.inf)
-    fitting = 0.0
-    excessive = eliminate(reduced.problem).nbytes
-    budget = float(limit_bytes)
-    for _ in range(BUDGETS):
-        searched = eliminate(reduced.problem, budget)
-        if not searched.feasible or searched.stopped:
-            break
-        states = reduced.lift(searched.states)
-        runs = operator_runs.of(space.recomputed(states))
-        attempt = _with_runs(graph, machine, network.plan(space.lift(states)), runs)
-        best = best._replace(smallest_bytes=min(best.smallest_bytes, attempt.peak_bytes))
-        if attempt.peak_bytes <= limit_bytes:
-            fitting = budget
-            best = _faster(network, best, attempt.plan)
-        else:
-            excessive = min(budget, searched.nbytes)
-        if fitting >= excessive * CLOSE_BUDGETS:
-            break
-        budget = (fitting + excessive) / 2
-        if not fitting:
-            budget = excessive * CLOSE_BUDGETS * limit_bytes / attempt.peak_bytes
-    if best.plan is None or best.prediction is None:
-        return best
-    if best.prediction.peak_bytes > limit_bytes * FULL:
-        return best
-    stored = replace(best.plan, recompute=())
-    prediction = predicted(graph, machine, stored, network.terms)
-    runs = best.plan.recompute
-    fewer = with_fewest_runs(graph, machine, stored, prediction, runs, limit_bytes)
-    return _faster(network, best, fewer.plan)
-
-
-def _faster(network: CostNetwork, best: Together, plan: Plan) -> Together:
-    """The faster one of two plans that fit."""
-    prediction = predicted(network.graph, network.placement.machine, plan)
-    if best.prediction is None or prediction.seconds < best.prediction.seconds:
-        return best._replace(plan=plan, prediction=prediction)
-    return best
-
-
 def with_fewest_runs(
     graph: OperatorGraph,
     machine: Machine,
@@ -227,15 +163,24 @@ def with_fewest_runs(
     prediction: Prediction,
     runs: Sequence[Run],
     limit_bytes: int,
+    limit_seconds: float = math.inf,
 ) -> Rematerialized:
     """A plan with the fewest of some runs that fit in `limit_bytes`, else with all of them.
 
+    Also with all of them if they add so many seconds per freed byte that the fewest would take
+    `limit_seconds`.
+
     `prediction` is the one of the plan, whose peak is above the limit.
     """
-    best = _with_runs(graph, machine, plan, runs)
+    best = with_runs(graph, machine, plan, runs)
     if best.peak_bytes > limit_bytes:
         return best
-    ordered = _by_gain(graph, machine, plan, prediction, best.plan.recompute)
+    gains = _gains(graph, machine, plan, prediction, best.plan.recompute)
+    freed_bytes = np.cumsum([gain.freed_bytes for gain in gains])
+    needed = 1 + np.searchsorted(freed_bytes, prediction.peak_bytes - limit_bytes)
+    if prediction.seconds + sum(gain.seconds for gain in gains[:needed]) >= limit_seconds:
+        return best
+    ordered = [gain.run for gain in gains]
     largest = len(ordered)
     smallest = 0
     smallest_peak = prediction.peak_bytes
@@ -246,7 +191,7 @@ def with_fewest_runs(
         missing = (smallest_peak - limit_bytes) / max(1, smallest_peak - best.peak_bytes)
         count = smallest + round(missing * (largest - smallest))
         count = min(max(count, smallest + 1), largest - 1)
-        attempt = _with_runs(graph, machine, plan, ordered[:count])
+        attempt = with_runs(graph, machine, plan, ordered[:count])
         if attempt.peak_bytes <= limit_bytes:
             largest = count
             best = attempt
@@ -256,18 +201,26 @@ def with_fewest_runs(
     return best
 
 
-def _by_gain(
+class _Gain(NamedTuple):
+    """What a run adds to a step, and what it frees at the peak."""
+
+    run: Run
+    seconds: float
+    freed_bytes: float
+
+
+def _gains(
     graph: OperatorGraph,
     machine: Machine,
     plan: Plan,
     prediction: Prediction,
     runs: Sequence[Run],
-) -> list[Run]:
-    """The runs by the seconds that a freed byte costs, without those that free none."""
+) -> list[_Gain]:
+    """The runs that free bytes, by the seconds that a byte costs."""
     dropped = predicted(graph, machine, replace(plan, recompute=tuple(runs)))
     numbers = {operator.name: number for number, operator in enumerate(graph.operators)}
     gains = []
-    for position, (first, last) in enumerate(runs):
+    for first, last in runs:
         seconds = 0.0
         freed_bytes = 0.0
         for number in range(numbers[first], numbers[last] + 1):
@@ -276,11 +229,11 @@ def _by_gain(
             seconds += after.seconds - before.seconds
             freed_bytes += before.nbytes - after.nbytes
         if freed_bytes > 0:
-            gains.append((seconds / freed_bytes, position))
-    return [runs[position] for _, position in sorted(gains)]
+            gains.append(_Gain((first, last), seconds, freed_bytes))
+    return sorted(gains, key=lambda gain: gain.seconds / gain.freed_bytes)
 
 
-def _with_runs(
+def with_runs(
     graph: OperatorGraph, machine: Machine, plan: Plan, runs: Sequence[Run]
 ) -> Rematerialized:
     """The plan with runs, and its peak memory."""
@@ -297,7 +250,7 @@ def _with_runs(
         machine.backend,
         device_bytes=machine.memory_bytes,
     )
-    return Rematerialized(plan, peak.peak)
+    return Rematerialized(plan, peak)
 
 
 def rematerialization_notes(

@@ -9,7 +9,8 @@ tasks from the first changed one on: microseconds, compiled by numba.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Hashable, Iterable, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -17,10 +18,16 @@ import numpy as np
 from numba import njit
 
 from partita.cost.evaluate import PARTS
-from partita.search.base import Array, EqualByContent, Problem
+from partita.search.base import Array, EqualByContent, Problem, RecomputedProblem
 from partita.search.network import CostNetwork, MoveKey
+from partita.search.pipeline_cuts import Cuts
 from partita.simulation.engine import Tasks, sweep
-from partita.simulation.structure import Slot, step_structure, without_idle_slots
+from partita.simulation.structure import (
+    Slot,
+    step_structure,
+    with_repeated_slots,
+    without_idle_slots,
+)
 from partita.simulation.tasks import step_tasks
 
 
@@ -108,14 +115,21 @@ class Simulated(EqualByContent):
         return float(self.nbytes[entries].sum())
 
 
-def simulated(network: CostNetwork) -> Simulated:
-    """The simulation of a cost network."""
+def simulated(network: CostNetwork, space: RecomputedProblem | None = None) -> Simulated:
+    """The simulation of a cost network.
+
+    `space`: the states of the simulation, in which operators may be computed again; None for those
+    of the network.
+    """
     overlap = network.placement.machine.backend.overlap
     step = step_structure(network.graph, network.terms)
+    if space is not None:
+        step = with_repeated_slots(step, _runs(network, space))
     is_timed = _Timed(network)
     step = without_idle_slots(step, [is_timed(slot) for slot in step.slots])
     laid = step_tasks(step, np.zeros(len(step.slots)), overlap)
-    joined = _Joined()
+    problem = network.problem if space is None else space.problem
+    joined = _Joined(network, space)
     slots: list[list[_OwnSlot]] = [[] for _ in network.states]
     moves: list[_MoveSlot] = []
     near: list[list[int]] = [[] for _ in network.states]
@@ -125,18 +139,18 @@ def simulated(network: CostNetwork) -> Simulated:
         task = int(laid.first_task[n])
         hold = int(laid.blocking_task[n])
         if slot.kind == "move":
-            begin = joined.put_move(network, slot)
+            begin = joined.put_move(slot)
             near[slot.operator].append(len(moves))
             near[slot.reader].append(len(moves))
             moves.append(_MoveSlot(task, hold, slot.operator, slot.reader, begin))
         else:
-            row = joined.put_part(network, slot)
+            row = joined.put_part(slot)
             slots[slot.operator].append(_OwnSlot(task, hold, row, slot.share))
     flat = list(itertools.chain(*slots))
     tables = TaskTables(
         overlap=overlap,
         data=joined.data(),
-        states=_integers(map(len, network.states)),
+        states=_integers(map(len, problem.seconds)),
         slot_first=_starts(slots),
         slot_task=_integers(slot.task for slot in flat),
         slot_hold=_integers(slot.hold for slot in flat),
@@ -152,9 +166,9 @@ def simulated(network: CostNetwork) -> Simulated:
     return Simulated(
         tasks=laid.tasks,
         tables=tables,
-        kinds=np.array(network.problem.kinds),
-        nbytes_first=_starts(network.states),
-        nbytes=np.concatenate(network.problem.nbytes),
+        kinds=np.array(problem.kinds),
+        nbytes_first=_starts(problem.nbytes),
+        nbytes=np.concatenate(problem.nbytes),
     )
 
 
@@ -177,15 +191,27 @@ class _MoveSlot(NamedTuple):
     table: int
 
 
+def _runs(network: CostNetwork, space: RecomputedProblem) -> list[list[int]]:
+    """The operators between narrow cuts that may be computed again, a list per pair of cuts."""
+    ends = Cuts(network.graph, network.terms).ends
+    runs: list[list[int]] = [[] for _ in range(len(ends) + 1)]
+    for operator, again in enumerate(space.again):
+        if again.any():
+            runs[bisect_left(ends, operator)].append(operator)
+    return runs
+
+
 class _Joined:
     """Tables end to end in one array, each key once."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: CostNetwork, space: RecomputedProblem | None) -> None:
+        self._network = network
+        self._space = space
         self._arrays: list[Array] = []
         self._begin: dict[Hashable, int] = {}
         self._size = 0
 
-    def put(self, key: Hashable, table: Array) -> int:
+    def _put(self, key: Hashable, table: Array) -> int:
         """Start of a table in the array."""
         if key not in self._begin:
             self._begin[key] = self._size
@@ -193,23 +219,38 @@ class _Joined:
             self._size += table.size
         return self._begin[key]
 
-    def put_move(self, network: CostNetwork, slot: Slot) -> int:
+    def put_move(self, slot: Slot) -> int:
         """Start of the table of a move."""
         key = _move_key(slot)
-        return self.put(("move", network.move_kinds[key]), network.moves[key])
+        kind = self._network.move_kinds[key]
+        table = self._network.moves[key]
+        space = self._space
+        if space is None:
+            return self._put(("move", kind), table)
+        kinds = space.problem.kinds
+        name = ("move", kind, kinds[slot.operator], kinds[slot.reader], slot.again)
+        if name in self._begin:
+            return self._begin[name]
+        table = table[np.ix_(space.origin[slot.operator], space.origin[slot.reader])]
+        return self._put(name, table * space.again[slot.reader] if slot.again else table)
 
-    def put_part(self, network: CostNetwork, slot: Slot) -> int:
+    def put_part(self, slot: Slot) -> int:
         """Start of the seconds of a part of an operator's work, by state."""
-        kind = network.problem.kinds[slot.operator]
-        parts = network.parts[slot.operator]
-        states = parts.shape[1]
-        return self.put(("parts", kind), parts) + _part(slot) * states
+        operator = slot.operator
+        parts = self._network.parts[operator]
+        kind = self._network.problem.kinds[operator]
+        if self._space is not None:
+            kind = self._space.problem.kinds[operator]
+            parts = parts[:, self._space.origin[operator]]
+            if slot.again:
+                parts = parts * self._space.again[operator]
+        return self._put(("parts", kind, slot.again), parts) + _part(slot) * parts.shape[1]
 
     def data(self) -> Array:
         return np.concatenate([*self._arrays, np.zeros(1)])
 
 
-def _starts(rows: Sequence[Sequence[object]]) -> Array:
+def _starts(rows: Sequence[Sized]) -> Array:
     """Start of each row if all stand in one array, and the end of the last."""
     return np.cumsum([0, *map(len, rows)])
 

@@ -181,6 +181,7 @@ class PieceMemories:
             temporaries=largest.results + largest.temporaries,
             operator=largest.operator,
             course=np.array([nbytes]),
+            by_operator=np.zeros(0),
         )
         return StageMemory(peak, kept_bytes + arriving_bytes)
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from typing import Literal
@@ -38,6 +38,8 @@ from partita.plans.plan import is_gpu
 from partita.simulation.pieces import GRADIENT_PIECE, LAST_PIECE, Node, kernel_nodes, kernel_work
 
 SlotKind = Literal["compute", "exchange", "sum", "gather", "move", "join"]
+REPEATED = ("compute", "exchange", "move")
+"""Slots of the forward pass that are repeated where an operator is computed again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ class Slot:
     """The fraction of the operator's kernels of that phase: 1 unless they run in several pieces."""
     read_phase: Phase = "forward"
     """The phase in which a moved value is read."""
+    again: bool = False
+    """Whether the backward pass repeats a slot of the forward pass (`with_repeated_slots`)."""
 
 
 @dataclass(frozen=True)
@@ -348,3 +352,63 @@ def without_idle_slots(structure: Structure, takes_time: Sequence[bool]) -> Stru
     slots = tuple(structure.slots[n] for n in number)
     slot_of = tuple(number.get(slot, -1) for slot in structure.slot_of)
     return Structure(slots, tuple(before), slot_of)
+
+
+def with_repeated_slots(structure: Structure, runs: Sequence[Collection[int]]) -> Structure:
+    """The structure in which the backward pass may repeat the forward pass of some operators.
+
+    The kernels, the exchanges and the moves to the operators of a run are repeated in front of the
+    first kernel of its backward pass, and wait for the same gradients. Variables for this backward
+    pass are gathered before them.
+    """
+    run_of = {operator: run for run, operators in enumerate(runs) for operator in operators}
+    slots = structure.slots
+    run_of_slot = [run_of.get(s.reader if s.kind == "move" else s.operator, -1) for s in slots]
+    first: dict[int, int] = {}
+    """Run -> the first kernel of its backward pass."""
+    repeated: dict[int, list[int]] = defaultdict(list)
+    gathers: dict[int, list[int]] = defaultdict(list)
+    """Run -> its gathers for the backward pass that are behind this kernel."""
+    gather_of: dict[int, int] = {}
+    """Operator -> its gather for the backward pass."""
+    for n, (slot, run) in enumerate(zip(slots, run_of_slot, strict=True)):
+        if slot.phase == slot.read_phase == "forward" and slot.kind in REPEATED:
+            repeated[run].append(n)
+        if slot.phase == "backward" and slot.kind == "compute":
+            first.setdefault(run, n)
+        if slot.phase == "backward" and slot.kind == "gather":
+            gather_of[slot.operator] = n
+            if run in first:
+                gathers[run].append(n)
+    moved = {n for run in run_of.values() for n in gathers[run]}
+    order: list[tuple[int, bool]] = []
+    """[new slot]: its number in the structure, and whether it is repeated there."""
+    for n, run in enumerate(run_of_slot):
+        if run >= 0 and first.get(run) == n:
+            order += [(gather, False) for gather in gathers[run]]
+            order += [(source, True) for source in repeated[run]]
+        if n not in moved:
+            order.append((n, False))
+    number = {place: new for new, place in enumerate(order)}
+
+    def sources(n: int, again: bool) -> Iterator[int]:
+        """The new slots that one waits for."""
+        slot, run = slots[n], run_of_slot[n]
+        if again:
+            gradients = structure.before[first[run]]
+            yield from (number[b, False] for b in gradients if slots[b].phase == "backward")
+        for source in structure.before[n]:
+            is_repeated = (source, True) in number and run_of_slot[source] == run
+            if is_repeated and (again or slot.phase == "backward"):
+                yield number[source, True]
+            elif not again:
+                yield number[source, False]
+            elif slots[source].kind == "gather" and slot.operator in gather_of:
+                yield number[gather_of[slot.operator], False]
+
+    before = []
+    for new, place in enumerate(order):
+        before.append(tuple(sorted({source for source in sources(*place) if source < new})))
+    slot_of = tuple(number[n, False] if n >= 0 else -1 for n in structure.slot_of)
+    new_slots = tuple(replace(slots[n], again=again) for n, again in order)
+    return Structure(new_slots, tuple(before), slot_of)

@@ -58,7 +58,7 @@ def test_large_networks_descend_before_their_chains(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(portfolio_module, "MIN_GAIN", 0.0)
     large = space("transformer")
     with_descent = portfolio(large, Limits()).seconds
-    monkeypatch.setattr(portfolio_module, "_is_large", lambda _: False)
+    monkeypatch.setattr(portfolio_module, "is_large", lambda _: False)
     without = portfolio(space("transformer"), Limits()).seconds
     assert with_descent <= without
     assert large.simulated.seconds(
@@ -70,7 +70,7 @@ def test_ctrl_c_in_a_descent_takes_the_exact_plan(monkeypatch: pytest.MonkeyPatc
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(portfolio_module, "_is_large", lambda _: True)
+    monkeypatch.setattr(portfolio_module, "is_large", lambda _: True)
     monkeypatch.setattr(portfolio_module, "descend", interrupted)
     small = space("mlp")
     result = portfolio(small, Limits())

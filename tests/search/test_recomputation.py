@@ -18,8 +18,9 @@ from partita.search.find import mesh_of
 from partita.search.network import CostNetwork, build
 from partita.search.recomputation import least_with_recomputation, with_recomputation
 from partita.search.reduce import reduce
-from partita.search.rematerialization import OperatorRuns
-from partita.search.simulated import relaxed
+from partita.search.rematerialization import OperatorRuns, with_runs
+from partita.search.simulated import relaxed, simulated
+from partita.search.together import corrected
 from partita.simulation.simulate import predicted
 
 SAMPLES, WIDTH = 1 << 14, 1024
@@ -189,3 +190,60 @@ def test_runs_contain_what_is_computed_again(network):
     assert runs.of({0}) == ((names[0], names[1]),)
     assert runs.of({0, 1}) == ((names[0], names[1]),)
     assert runs.of(()) == ()
+
+
+def test_a_walk_simulates_what_is_computed_again(network):
+    """The step of states is that of their plan; rematerialization adds what its runs add."""
+    graph, machine = network.graph, network.placement.machine
+    space = with_recomputation(network)
+    walked, plain = simulated(network, space), simulated(network)
+    runs = OperatorRuns(graph, network.terms)
+    generator = np.random.default_rng(0)
+    counts = [0, 0]
+    for _ in range(12):
+        states = tuple(int(generator.integers(count)) for count in walked.states)
+        origin = space.lift(states)
+        added = walked.seconds(states) - plain.seconds(origin)
+        operators = space.recomputed(states)
+        counts[bool(operators)] += 1
+        plan = network.plan(origin)
+        recomputed = replace(plan, recompute=runs.of(operators))
+        expected = predicted(graph, machine, recomputed).seconds
+        expected -= predicted(graph, machine, plan).seconds
+        # A run begins with more operators than are to be computed again, and needs fewer moves.
+        assert 0.65 * expected <= added <= 1.4 * expected
+    assert min(counts) >= 3
+
+
+def test_bytes_are_those_at_the_peak_of_a_plan(network):
+    graph, machine = network.graph, network.placement.machine
+    space = with_recomputation(network)
+    states = tuple(int(again.argmax()) for again in space.again)
+    assert space.recomputed(states) == (0,)
+    runs = OperatorRuns(graph, network.terms).of((0,))
+    memory = with_runs(graph, machine, network.plan(space.lift(states)), runs).memory
+    assert 0 < memory.by_operator.sum() <= memory.peak
+    before = space.problem.nbytes
+    after = corrected(network, space, states, memory).problem.nbytes
+    for o, state in enumerate(states):
+        variables = network.problem.nbytes[o] - network.activations[o]
+        least = variables[space.origin[o][state]]
+        expected = before[o][state]
+        if expected > least:
+            expected = max(least, memory.by_operator[o])
+        assert after[o][state] == pytest.approx(expected)
+    stored = np.flatnonzero(~space.again[0])
+    assert (after[0][stored] == before[0][stored]).all(), "the plan says nothing about these"
+    assert after[1] != pytest.approx(before[1])
+
+
+def test_the_same_operators_are_computed_again_with_other_splits(network):
+    space = with_recomputation(network)
+    states = tuple(int(again.argmax()) for again in space.again)
+    assert space.with_origin(states, space.lift(states)) == states
+    last = tuple(len(origin) - 1 for origin in space.origin)
+    changed = space.with_origin(states, space.lift(last))
+    assert changed is not None
+    assert space.lift(changed) == space.lift(last)
+    assert space.recomputed(changed) == space.recomputed(states)
+    assert space.with_origin(states, (10**6,) * len(states)) is None
