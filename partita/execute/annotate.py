@@ -19,7 +19,7 @@ from partita.cost.early_sums import waits
 from partita.cost.partial import PendingSums, pending_sums
 from partita.cost.reshard import Axes, reshard_steps
 from partita.execute.local_calls import write_local_calls
-from partita.graph.flat import HEAVY
+from partita.graph.flat import HEAVY, readers_of
 from partita.graph.operator_graph import Instruction, OperatorGraph, producers
 from partita.plans.layout import Layout, Read, Sharding
 from partita.plans.plan import Mesh
@@ -312,7 +312,9 @@ class Annotator:
         """The tensor of a read behind a barrier, which waits for the read's gradient.
 
         A constraint of its own keeps the barrier from reading the end of another chain: a slice of
-        the gathered tensor, which then stays in memory.
+        the gathered tensor, which then stays in memory. Later readers of the gradient read it
+        behind the barrier: XLA drops an element that nothing reads there, if the barrier alone
+        reads a reshape of the gradient (AlgebraicSimplifier).
         """
         tensors = (read.tensor, read.after)
         values = [self.values[t] for t in tensors]
@@ -323,6 +325,10 @@ class Annotator:
         shardings = [self.layout.shardings[t] for t in tensors]
         barrier = self._barrier(values, shardings, last)
         barrier.move_after(last)
+        available = max(computed_at.get(tensor, -1) for tensor in tensors)
+        for index, position in readers_of(self.graph)[read.after]:
+            if index > available:
+                self.operations[index].operands[position] = barrier.results[1]
         return barrier.results[0]
 
     def _barrier(

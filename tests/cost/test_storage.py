@@ -189,6 +189,9 @@ def test_the_step_is_that_of_one_device(name, size, request, monkeypatch):
     read = re.findall(r"stablehlo\.optimization_barrier (?:\{.*\} )?(%\S+), ", text)
     slices = [value for value in read if f"{value} = sdy.sharding_constraint" in text]
     assert len(slices) == gathers, "else XLA slices the gathered copy"
+    results = re.findall(r"(%\S+):2 = stablehlo\.optimization_barrier", text)
+    read_behind = [result for result in results if f" {result}#1," in text]
+    assert len(read_behind) >= (LAYERS - 4 if gathers else 0), "else XLA drops the gradient"
     generator = np.random.default_rng(0)
     state = tuple(
         generator.normal(size=(WIDTH, WIDTH)).astype("float32") / 8 for _ in range(LAYERS)
