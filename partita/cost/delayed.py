@@ -48,6 +48,7 @@ from partita.graph.operator_graph import (
     producers,
 )
 from partita.plans.layout import Layout
+from partita.plans.plan import Mesh
 
 KERNELS_PER_COLLECTIVE = 5
 """Library calls and loops that run during one collective (GpuLatencyEstimator counts 5000 for a
@@ -67,6 +68,7 @@ class Delay:
 def delayed_kernels(
     graph: OperatorGraph,
     layout: Layout,
+    mesh: Mesh,
     fused: Fusion,
     gathers: Sequence[int] = (),
     is_limited: bool = False,
@@ -85,7 +87,7 @@ def delayed_kernels(
         root: Delay(_end_of_backward(graph), frozenset(tensors))
         for root, tensors in delayed_reductions(graph, layout, fused).items()
     }
-    sums = early_sums(graph, layout)
+    sums = early_sums(graph, layout, mesh)
     products = _delayed_products(graph, layout, fused, sums)
     products |= _delayed_slices(graph, fused, layout, gathers, sums)
     for root, time in products.items():

@@ -8,18 +8,25 @@ pass waits for each group: the annotated program has a barrier there.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from partita.cost.partial import pending_sums, sums_over_devices
 from partita.graph.flat import PRODUCTS, Reader, readers_of
 from partita.graph.gradient_sums import PASSING
-from partita.graph.operator_graph import IdentityKey, OperatorGraph, per_graph, producers
-from partita.plans.layout import COMBINED_BYTES, Layout, Sharding
-from partita.plans.plan import is_gpu
+from partita.graph.operator_graph import (
+    ITEMSIZE,
+    IdentityKey,
+    OperatorGraph,
+    per_graph,
+    producers,
+)
+from partita.plans.layout import COMBINED_BYTES, Layout, Sharding, local_shape
+from partita.plans.plan import Mesh, is_gpu
 
 WAITING_PRODUCTS = 4
 """Products of the backward pass between the next sum's last gradient and the product that waits.
@@ -143,29 +150,82 @@ def _products(graph: OperatorGraph) -> list[Reader]:
     return products
 
 
-def early_sums(graph: OperatorGraph, layout: Layout) -> dict[int, EarlySum]:
+@dataclass
+class _Combined:
+    """Sums that XLA combines into one."""
+
+    wait: int
+    """Number of the first wait for any of them."""
+    nbytes: int = 0
+    """Of their results on a device."""
+    tensors: list[int] = field(default_factory=list)
+    """The gradients."""
+
+
+def early_sums(graph: OperatorGraph, layout: Layout, mesh: Mesh) -> dict[int, EarlySum]:
     """Gradient -> its sum, for those for which products wait.
 
     The scheduler goes backward from that product: the sums follow each other, a product of the
-    backward pass beside each, and a gradient is computed just before its sum begins. Gradients of
-    less than `COMBINED_BYTES` together are one sum.
+    backward pass beside each, and a gradient is computed just before its sum begins.
     """
     producer = producers(graph)
-    groups: dict[int, set[int]] = defaultdict(set)
-    for wait in waits(graph, layout):
-        groups[wait.reader[0]].update(tensor for tensor, _ in wait.sums)
+    waiting = waits(graph, layout)
+    groups: dict[int, list[_Combined]] = defaultdict(list)
+    for combined in _combined(graph, layout, mesh):
+        groups[waiting[combined.wait].reader[0]].append(combined)
     products = [i for i, _ in _products(graph)]
     sums = {}
-    for end, tensors in groups.items():
+    for end, combined in groups.items():
         times = products[: bisect_right(products, end)]
         computed = summed = end
-        nbytes = 0
-        for tensor in sorted(tensors, key=producer.__getitem__, reverse=True):
-            source = producer[tensor]
-            sums[tensor] = EarlySum(max(source, computed), max(source, summed))
-            nbytes += graph.tensors[tensor].nbytes
-            if nbytes >= COMBINED_BYTES and len(times) > 1:
+        for group in reversed(combined):
+            for tensor in group.tensors:
+                source = producer[tensor]
+                sums[tensor] = EarlySum(max(source, computed), max(source, summed))
+            if len(times) > 1:
                 times.pop()
                 computed, summed = times[-1], computed
-                nbytes = 0
     return sums
+
+
+def _combined(graph: OperatorGraph, layout: Layout, mesh: Mesh) -> list[_Combined]:
+    """The sums for which products wait, in groups that XLA combines.
+
+    The results of a group on a device, slices after a reduce-scatter, have at most `COMBINED_BYTES`
+    (CombineInstructionsByKey). So a group may contain sums for which a later product waits, if
+    their gradients do not depend on the product that waits for the first one.
+    """
+    producer = producers(graph)
+    waiting = waits(graph, layout)
+    passed = _passed_waits(graph, waiting)
+    groups: list[_Combined] = []
+    last: dict[tuple[str, bool], _Combined] = {}
+    """(dtype, whether devices keep slices) -> the group that may grow."""
+    for number, wait in enumerate(waiting):
+        for tensor, sharding in wait.sums:
+            value = graph.tensors[tensor]
+            key = value.dtype, sharding != layout.shardings[tensor]
+            shape = local_shape(value.shape, sharding, mesh.sizes)
+            nbytes = ITEMSIZE.get(value.dtype, 4) * math.prod(shape)
+            group = last.get(key)
+            is_full = group is None or group.nbytes + nbytes > COMBINED_BYTES
+            if is_full or passed[producer[tensor]] > group.wait:
+                group = _Combined(number)
+                groups.append(group)
+                if nbytes <= COMBINED_BYTES:
+                    last[key] = group
+            group.nbytes += nbytes
+            group.tensors.append(tensor)
+    return groups
+
+
+def _passed_waits(graph: OperatorGraph, waiting: Sequence[Wait]) -> list[int]:
+    """[instruction]: waits up to the last one on which it depends."""
+    producer = producers(graph)
+    number_of = {wait.reader[0]: number for number, wait in enumerate(waiting, 1)}
+    passed: list[int] = []
+    for i, instruction in enumerate(graph.instructions):
+        sources = (producer.get(tensor, i) for tensor in instruction.operands)
+        earlier = (passed[source] for source in sources if source < i)
+        passed.append(max(number_of.get(i, 0), max(earlier, default=0)))
+    return passed

@@ -44,6 +44,7 @@ from partita.graph.operator_graph import (
 )
 from partita.machine import Backend
 from partita.plans.layout import Layout
+from partita.plans.plan import Mesh
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,7 @@ class Lifetimes:
 def lifetimes_under(
     graph_key: IdentityKey[OperatorGraph],
     layout_key: IdentityKey[Layout],
+    mesh: Mesh,
     backend: Backend,
     is_limited: bool = False,
 ) -> Lifetimes:
@@ -223,7 +225,7 @@ def lifetimes_under(
     hides_collectives = compiler_of(backend).buffers.hides_collectives
     if hides_collectives:
         gathers = gather_times(graph, layout, compiler_of(backend).combined_gather_bytes)
-        delayed = delayed_kernels(graph, layout, fused, gathers, is_limited)
+        delayed = delayed_kernels(graph, layout, mesh, fused, gathers, is_limited)
     ends = _joined_ends(graph, layout, fused, backend)
     if compiler_of(backend).buffers.joined_results:
         waiting = delayed_by_repetitions(graph, fused, joined_ends(graph, layout, fused))

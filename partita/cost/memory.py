@@ -127,7 +127,7 @@ def memory(
     # With slots in host memory, XLA:GPU's second computations freed nothing in compiled programs.
     if live.max() > limit and not layout.host:
         # Kernels are delayed up to the limit, and computed again beyond it.
-        lifetimes = lifetimes_under(*keys, backend, is_limited=True)
+        lifetimes = lifetimes_under(*keys, mesh, backend, is_limited=True)
         allocations = _allocations(*keys, mesh, backend, is_limited=True)
         allocations = _within(graph, layout, fused, lifetimes, allocations, is_present, limit)
         present = is_present[allocations.home]
@@ -224,7 +224,7 @@ def _allocations(
     backend: Backend,
     is_limited: bool = False,
 ) -> _Allocations:
-    lifetimes = lifetimes_under(graph_key, layout_key, backend, is_limited)
+    lifetimes = lifetimes_under(graph_key, layout_key, mesh, backend, is_limited)
     allocator = _Allocator(graph_key.value, mesh, layout_key.value, backend, lifetimes)
     allocator.add_values(scalars=is_limited)
     allocator.add_reshards()
@@ -388,7 +388,7 @@ class _Allocator:
             for value in group
         }
         """Gradient -> the instruction at which it is summed with those that wait for each other."""
-        self.early = early_sums(graph, layout)
+        self.early = early_sums(graph, layout, mesh)
         """Gradients for whose sums products wait."""
         for tensor, total in self.early.items():
             self.meeting[tensor] = total.summed

@@ -93,7 +93,7 @@ def weight_gradients(graph, plan):
     """Block of a delayed product -> the instruction at which it runs."""
     layout = layout_of(graph, plan)
     fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules)
-    delays = delayed_kernels(graph, layout, fused)
+    delays = delayed_kernels(graph, layout, plan.mesh, fused)
     assert all(root < delay.time for root, delay in delays.items())
     products = [root for root in delays if graph.instructions[root].name == "dot_general"]
     return {graph.instructions[root].path.split("/")[-1]: delays[root].time for root in products}
@@ -132,10 +132,11 @@ def test_delays_stop_at_the_memory_of_a_device(perceptron):
 
 def zero_delays(graph, combined_bytes, is_limited):
     """(times of gathers, delays) of a plan that stores slices of variables."""
-    layout = layout_of(graph, BASELINES["ZeRO-3"](graph, GPU.name, mesh_of(GPU)))
+    plan = BASELINES["ZeRO-3"](graph, GPU.name, mesh_of(GPU))
+    layout = layout_of(graph, plan)
     fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules)
     gathers = gather_times(graph, layout, combined_bytes)
-    return gathers, delayed_kernels(graph, layout, fused, gathers, is_limited)
+    return gathers, delayed_kernels(graph, layout, plan.mesh, fused, gathers, is_limited)
 
 
 def test_gradients_of_stored_weights_wait_for_the_next_gather(perceptron):
@@ -178,9 +179,10 @@ def classifier():
 
 def delayed_losses(graph, baseline):
     """Delays of kernels of the forward pass."""
-    layout = layout_of(graph, BASELINES[baseline](graph, GPU.name, mesh_of(GPU)))
+    plan = BASELINES[baseline](graph, GPU.name, mesh_of(GPU))
+    layout = layout_of(graph, plan)
     fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules)
-    delays = delayed_kernels(graph, layout, fused)
+    delays = delayed_kernels(graph, layout, plan.mesh, fused)
     return [delay for root, delay in delays.items() if graph.instructions[root].phase == "forward"]
 
 

@@ -153,13 +153,15 @@ def products_of(values):
     graph = capture_step(
         step, state, shape((ROWS, WIDTH), "float32"), leaves, batch_size=ROWS
     ).graph
-    layout = layout_of(graph, BASELINES["one device"](graph, GPU.name, mesh_of(GPU)))
+    plan = BASELINES["one device"](graph, GPU.name, mesh_of(GPU))
+    layout = layout_of(graph, plan)
     fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules)
     together = [
         tuple(graph.instructions[root].name for root in roots)
         for roots in computed_together(graph, layout, fused)
     ]
-    return graph, together, lifetimes_under(IdentityKey(graph), IdentityKey(layout), GPU.backend)
+    keys = IdentityKey(graph), IdentityKey(layout)
+    return graph, together, lifetimes_under(*keys, plan.mesh, GPU.backend)
 
 
 def roots_named(graph, *names):

@@ -104,7 +104,9 @@ def test_what_a_rematerialized_run_reads_behind_its_barrier_stays():
     layout = layout_of(again, replace(plan, recompute=runs))
     fused = fused_under(again, layout, compiler_of(machine.backend).fusion_rules)
     keys = IdentityKey(again), IdentityKey(layout)
-    recomputable = _recomputable(again, layout, fused, lifetimes_under(*keys, machine.backend))
+    recomputable = _recomputable(
+        again, layout, fused, lifetimes_under(*keys, plan.mesh, machine.backend)
+    )
     stored = set()
     for instruction in again.instructions:
         if instruction.name == BARRIER:

@@ -127,6 +127,16 @@ def test_products_wait_for_sums_of_large_gradients(name, captured):
         assert all(computed_at[tensor] < wait.reader[0] for tensor, _ in wait.sums)
 
 
+def test_sums_are_combined_by_the_bytes_of_their_results():
+    """Gradients of 32 MiB: XLA combines sums of at most 30 MiB, here three slices of 8 MiB."""
+    large = layers_for_gpus(24, 4096)
+    for name, slices in (("data parallel", 1), ("ZeRO-3", 3)):
+        plan = plan_of(large, name)
+        sums = early_sums.early_sums(large.graph, layout_of(large.graph, plan), plan.mesh)
+        together = Counter(total.summed for total in sums.values())
+        assert set(together.values()) == {slices}
+
+
 def test_activations_leave_memory_before_the_end_of_the_backward_pass(monkeypatch):
     rows = 1 << 16
     large = layers_for_gpus(24, 4096, rows)
