@@ -86,7 +86,7 @@ def _sums(graph: OperatorGraph, layout: Layout) -> Iterator[tuple[int, Sharding]
     """Gradients that devices sum, and their shardings behind the sum."""
     if not is_gpu(graph.target):
         return
-    gradients = _gradients(graph)
+    gradients = update_gradients(graph)
     pending = pending_sums(graph, layout)
     sliced = set()
     for read in layout.reads:
@@ -102,7 +102,7 @@ def _sums(graph: OperatorGraph, layout: Layout) -> Iterator[tuple[int, Sharding]
 
 
 @per_graph
-def _gradients(graph: OperatorGraph) -> frozenset[int]:
+def update_gradients(graph: OperatorGraph) -> frozenset[int]:
     """The tensors of the backward pass for which only updates wait."""
     gradients: set[int] = set()
     nested = _nested(graph)
@@ -135,7 +135,7 @@ def _only_updates(graph: OperatorGraph, reader: int, gradients: Set[int]) -> boo
 def _products(graph: OperatorGraph) -> list[Reader]:
     """The products of the backward pass that are no gradients of weights, in their order, each with
     the position of the gradient that it reads."""
-    gradients, nested = _gradients(graph), _nested(graph)
+    gradients, nested = update_gradients(graph), _nested(graph)
     producer = producers(graph)
     products = []
     for i, instruction in enumerate(graph.instructions):

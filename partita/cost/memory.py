@@ -26,7 +26,7 @@ import numpy as np
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import Kernel, ProductShape, TableAccess
 from partita.cost.collectives import DEFAULT, collectives, emitted_sums
-from partita.cost.early_sums import early_sums
+from partita.cost.early_sums import early_sums, update_gradients
 from partita.cost.fusion import ALONE, Fusion, fused_under, kernel_reads
 from partita.cost.joined import computed_together
 from partita.cost.lifetimes import Lifetimes, lifetimes_under, static_lifetimes
@@ -168,14 +168,12 @@ def memory(
 def _work_space(graph: OperatorGraph, allocations: _Allocations, chosen: np.ndarray) -> np.ndarray:
     """[instruction]: bytes of the work space of library calls, from the first to the last.
 
-    One call at a time has it. Compilers compute weight gradients when they are needed, so the last
-    one may run at the end of the backward pass.
+    One call at a time has it.
     """
     course = np.zeros(len(graph.instructions) + 2, np.int64)
     if chosen.any():
-        backward = [i for i, x in enumerate(graph.instructions) if x.phase == "backward"]
         first = int(allocations.start[chosen].min())
-        last = max([int(allocations.stop[chosen].max()), *backward[-1:]])
+        last = int(allocations.stop[chosen].max())
         course[first : last + 1] = allocations.nbytes[chosen].max()
     return course
 
@@ -675,13 +673,25 @@ class _Allocator:
                 self._add(slot, self._bytes(slot), time, end)
 
     def add_work_spaces(self) -> None:
-        """Adds the work space of products while they run."""
+        """Adds the work space of products while they run.
+
+        Compilers compute a weight gradient when it is needed: beside the sum for which a product
+        waits, or at the end of the backward pass.
+        """
+        backward = [i for i, x in enumerate(self.graph.instructions) if x.phase == "backward"]
+        late = update_gradients(self.graph)
         for i, instruction in enumerate(self.graph.instructions):
             if instruction.name != "dot_general" or instruction.rule is None:
                 continue
             work_space = self.compiler.work_space_bytes(self._product_shape(i))
             if work_space:
-                self._add(instruction.results[0], work_space, i, i, WORK_SPACE)
+                result = instruction.results[0]
+                stop = i
+                if result in self.early:
+                    stop = self.early[result].computed
+                elif result in late:
+                    stop = backward[-1]
+                self._add(result, work_space, i, stop, WORK_SPACE)
 
     def _product_shape(self, i: int) -> ProductShape:
         """The local sizes of a dot_general."""

@@ -12,6 +12,7 @@ import pytest
 
 from partita.capture.jax_functions import Leaf, capture_step
 from partita.capture.program import capture_program
+from partita.cost import early_sums
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import Kernel, ProductShape, TableAccess
 from partita.cost.collectives import collectives
@@ -400,6 +401,22 @@ def test_products_of_a_gpu_have_work_space(mlp):
         memory(mlp, plan.mesh, layout_of(mlp, plan), machine.backend).peak for machine in (GPU, CPU)
     ]
     assert 30 << 20 < peaks[0] - peaks[1] < 33 << 20
+
+
+def test_work_space_ends_with_the_gradient_that_a_product_waits_for(monkeypatch):
+    """The dense layer's, which the convolutions before it wait for."""
+    monkeypatch.setattr(early_sums, "COMBINED_BYTES", 0)
+    monkeypatch.setattr(early_sums, "WAITING_PRODUCTS", 0)
+    inputs = keras.Input((8, 8, 16))
+    x = inputs
+    for _ in range(4):
+        x = keras.layers.Conv2D(16, 3, padding="same")(x)
+    model = keras.Model(inputs, keras.layers.Dense(64)(keras.layers.Flatten()(x)))
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 64, target="cuda").graph
+    last = max(i for i, x in enumerate(graph.instructions) if x.phase == "backward")
+    course = memory_course(graph, "data parallel")
+    assert course.max() - course[0] > 32 << 20 > course[last] - course[0]
 
 
 def test_the_work_space_of_a_recurrent_layer_is_not_summed():
