@@ -36,7 +36,7 @@ from partita.cost.reshard import Axes
 from partita.cost.sums import LaidOutProgram
 from partita.cost.work import filled_ratio, group_factors
 from partita.graph.clones import BARRIER
-from partita.graph.flat import Reader
+from partita.graph.flat import Reader, readers_of
 from partita.graph.images import images
 from partita.graph.operator_graph import (
     ITEMSIZE,
@@ -548,6 +548,10 @@ class _Allocator:
             kind = KINDS.index("activations") if is_activation else TEMPORARY
             itemsize = self.compiler.stored_itemsize(self.graph, tensor)
             nbytes = self._bytes(tensor, itemsize=itemsize)
+            if tensor in self._ordered_gradients:
+                if tensor not in self.meeting:
+                    continue
+                start = self.meeting[tensor]
             self._add(tensor, nbytes, start, max(start, stop), kind, written=True)
 
     def _lifetime(self, tensor: int, born: int) -> tuple[int, int] | None:
@@ -646,7 +650,8 @@ class _Allocator:
         """
         limit = self.compiler.combined_sum_bytes
         for group in self.groups:
-            summed = [value for value in group if value.tensor not in self.scattered]
+            others = self.scattered | self._ordered_gradients.keys()
+            summed = [value for value in group if value.tensor not in others]
             part = min(1.0, limit / max(sum(value.nbytes for value in summed), 1))
             for value in summed:
                 meeting = self.meeting[value.tensor]
@@ -744,12 +749,23 @@ class _Allocator:
             self._add(flipped.tensor, nbytes, flipped.available, flipped.instruction)
 
     def add_ordered_kernels(self) -> None:
-        """Adds the copies of variables that convolutions read.
+        """Adds the copies of variables that convolutions read, and updates after convolutions.
 
         A device orders its slice of a stored variable before it gathers the whole. An input
         gradient reads the reversed kernel, for which cuDNN has a call of its own.
         """
+        for kernel, readers in self._ordered_kernels.items():
+            stop = readers[-1]
+            if kernel in self._ordered_gradients.values():
+                stop = max(stop, self.lifetimes.dies.get(kernel, -1))
+            self._add(kernel, self._bytes(kernel), readers[0], stop)
+
+    @cached_property
+    def _ordered_kernels(self) -> dict[int, list[int]]:
+        """Variable of which convolutions read a copy -> these convolutions."""
         times: dict[int, list[int]] = defaultdict(list)
+        if not self.compiler.buffers.ordered_kernels:
+            return times
         for i, instruction in enumerate(self.graph.instructions):
             if instruction.name != "convolution" or i in self.program.kernel_gradients:
                 continue
@@ -761,8 +777,24 @@ class _Allocator:
                 reader = source, 0
             if kernel in self.arguments and reader not in self.layout.targets:
                 times[kernel].append(i)
-        for kernel, readers in times.items():
-            self._add(kernel, self._bytes(kernel), readers[0], readers[-1])
+        return times
+
+    @cached_property
+    def _ordered_gradients(self) -> dict[int, int]:
+        """Gradient in the place of its variable -> the variable.
+
+        An update computes in the order of its gradient (LayoutAssignment), so it reads the copy of
+        the variable for convolutions. Nothing reads the variable itself from the copy on, and XLA
+        writes the gradient of a device there.
+        """
+        gradients = {}
+        for i in self.program.kernel_gradients:
+            gradient = self.graph.instructions[i].results[0]
+            for variable in self._updated_from(gradient):
+                readers = readers_of(self.graph)[variable]
+                if variable in self._ordered_kernels and not self.layout.targets.keys() & readers:
+                    gradients[gradient] = variable
+        return gradients
 
     def add_ordered_tables(self) -> None:
         """Adds the copies of tables with contiguous rows, while a gather or scatter runs.

@@ -22,7 +22,7 @@ from partita.cost.predict import predict
 from partita.cost.terms import cost_terms
 from partita.cost.work import local_flops
 from partita.graph.images import TiledDims
-from partita.graph.operator_graph import OperatorGraph, Window
+from partita.graph.operator_graph import OperatorGraph, Window, first_backward
 from partita.machine import Backend, load
 from partita.plans.baselines import BASELINES
 from partita.plans.layout import layout_of
@@ -596,6 +596,16 @@ def test_a_gpu_keeps_a_copy_of_a_kernel_until_the_input_gradient():
     course = memory_course(graph, "one device")
     _, second, *_ = (i for i, x in enumerate(graph.instructions) if x.name == "convolution")
     assert course[second + 1] - course[0] >= KERNEL_BYTES
+
+
+def test_an_update_of_a_gpu_reads_the_copies_of_kernels():
+    """The gradients take the place of the kernels."""
+    graph = two_convolutions()
+    first = first_backward(graph)
+    course = memory_course(graph, "one device")
+    used = (course[first:-2] - course[0]) / KERNEL_BYTES
+    assert used[0] >= 2
+    assert used.max() < 2.5
 
 
 def test_a_gpu_orders_the_slices_of_a_stored_kernel_before_it_gathers_them():
