@@ -19,6 +19,7 @@ from functools import lru_cache
 
 from partita.cost.backends.base import FusionRules
 from partita.cost.collectives import communicating
+from partita.cost.differences import written_differences
 from partita.cost.partial import pending_sums, split_axes
 from partita.graph.flat import EDGE_KERNELS, PRODUCTS, Reader, transposes
 from partita.graph.operator_graph import (
@@ -29,6 +30,7 @@ from partita.graph.operator_graph import (
     producers,
 )
 from partita.plans.layout import Layout
+from partita.plans.plan import Mesh
 
 ALONE = {
     *EDGE_KERNELS,
@@ -562,7 +564,7 @@ def cut(
     """The kernels of a graph when collectives divide them.
 
     Collectives happen at the reads `barriers`, pairs (instruction, operand position), and after the
-    instructions `ends`.
+    instructions `ends`, which may be others that are written.
     """
     return _Cutter(graph, fused, barriers, ends).run()
 
@@ -655,9 +657,13 @@ def fused_under(
     graph: OperatorGraph,
     layout: Layout,
     rules: FusionRules,
+    mesh: Mesh | None = None,
 ) -> Fusion:
-    """The kernels of a laid-out graph: tensors before a reshard or an all-reduce are written."""
-    return _fused_under(IdentityKey(graph), IdentityKey(layout), rules)
+    """The kernels of a laid-out graph: tensors before a reshard or an all-reduce are written.
+
+    With a mesh, so are differences by the sizes of a device (`cost.differences`).
+    """
+    return _fused_under(IdentityKey(graph), IdentityKey(layout), rules, mesh)
 
 
 @lru_cache(maxsize=2)
@@ -665,10 +671,15 @@ def _fused_under(
     graph_key: IdentityKey[OperatorGraph],
     layout_key: IdentityKey[Layout],
     rules: FusionRules,
+    mesh: Mesh | None,
 ) -> Fusion:
     graph = graph_key.value
-    barriers, ends = collective_borders(graph, layout_key.value)
-    return cut(graph, fusion(graph, rules, frozenset(ends)), barriers, ends)
+    layout = layout_key.value
+    barriers, ends = collective_borders(graph, layout)
+    fused = fusion(graph, rules, frozenset(ends))
+    if mesh is not None and rules.longest_column:
+        ends |= written_differences(graph, layout, mesh, fused.computed_in, rules.longest_column)
+    return cut(graph, fused, barriers, ends)
 
 
 def collective_borders(graph: OperatorGraph, layout: Layout) -> tuple[set[Reader], set[int]]:

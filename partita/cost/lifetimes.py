@@ -220,7 +220,7 @@ def lifetimes_under(
     graph = graph_key.value
     layout = layout_key.value
     program = static_lifetimes(graph)
-    fused = fused_under(graph, layout, compiler_of(backend).fusion_rules)
+    fused = fused_under(graph, layout, compiler_of(backend).fusion_rules, mesh)
     delayed: dict[int, Delay] = {}
     hides_collectives = compiler_of(backend).buffers.hides_collectives
     if hides_collectives:

@@ -120,7 +120,7 @@ def memory(
             argument_bytes[kind] += nbytes
     constant = sum(argument_bytes.values())
     compiler = compiler_of(backend)
-    fused = fused_under(graph, layout, compiler.fusion_rules)
+    fused = fused_under(graph, layout, compiler.fusion_rules, mesh)
     limit = compiler.temporary_limit_bytes(device_bytes, constant)
     present = is_present[allocations.home]
     live = allocations.live(present, count)
@@ -406,7 +406,7 @@ class _Allocator:
     def _program_bytes(self) -> int:
         """Bytes of the compiled program itself, with the collectives that no gradients share."""
         graph = self.graph
-        fused = fused_under(graph, self.layout, self.compiler.fusion_rules)
+        fused = fused_under(graph, self.layout, self.compiler.fusion_rules, self.mesh)
         tables = self._tables
         kernels = []
         for root, read in kernel_reads(graph, fused).items():

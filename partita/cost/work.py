@@ -48,7 +48,7 @@ def local_flops(
         traffic = collectives(graph, mesh, layout, backend)
     total = 0.0
     compiler = compiler_of(backend)
-    fused = fused_under(graph, layout, compiler.fusion_rules)
+    fused = fused_under(graph, layout, compiler.fusion_rules, mesh)
     shards = _Shards(mesh, layout)
     of_pieces = piece_ratios(graph, mesh, layout, compiler)
     for computation in _computations(graph):

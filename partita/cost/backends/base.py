@@ -37,6 +37,9 @@ class FusionRules:
     repeats_differences: bool = False
     """A difference from a broadcast value, as from a mean, is computed by each of its readers, also
     by reductions over columns."""
+    longest_column: int = 0
+    """Rows of a reduction that is not split: a shorter one may read a difference from memory
+    (`cost.differences`). 0: none does."""
     writes_sums: bool = False
     """A sum of two floating-point tensors of the forward pass that several kernels read is written,
     as a residual sum."""

@@ -18,6 +18,8 @@ HOPPER = 9
 LONGEST_ROW = 1 << 14
 """Elements of a row that Triton's kernels take, at most: softmaxes of 16,384 elements are one
 kernel, of 20,000 are several."""
+LONGEST_COLUMN = 1 << 12
+"""Rows of a reduction over major dims, beyond which it is two (ReductionDimensionRaceFreeBound)."""
 LONGEST_CHAIN = 24
 """Instructions: a GELU by exponentials has 10 to 15, an error function 40."""
 SMALLEST_CUBLAS_PRODUCT = 100
@@ -51,6 +53,7 @@ class XlaGpu(XlaAccelerator):
             reads_written=True,
             longest_row=LONGEST_ROW,
             repeats_differences=True,
+            longest_column=LONGEST_COLUMN,
             reads_reversed=True,
             merges_products=True,
             adds_in_products=True,
