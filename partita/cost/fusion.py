@@ -360,9 +360,7 @@ class _Fuser:
         if self.rules.writes_after_products:
             single |= self._after_products()
         for producer, readers in enumerate(self.readers):
-            if len(readers) <= 1 or not self.fusible[producer]:
-                continue
-            if not self._gathers(producer) or self._moves_less_fused(producer):
+            if len(readers) <= 1 or not self.fusible[producer] or not self._gathers(producer):
                 continue
             if (
                 self.rules.duplicates
@@ -496,24 +494,13 @@ class _Fuser:
         """Whether an instruction reads several tensors of its rank and more than it writes."""
         tensors = self.graph.tensors
         operands = self.graph.instructions[instruction].operands
-        bytes_read = sum(tensors[tensor].nbytes for tensor in dict.fromkeys(operands))
-        full_operands = self._full_operands(instruction)
-        return full_operands > 1 and bytes_read > self.nbytes[instruction]
-
-    def _moves_less_fused(self, instruction: int) -> bool:
-        """Whether readers that each compute an instruction move at most as many tensors of its size
-        as a kernel that writes it and the readers do."""
-        operands, readers = self._full_operands(instruction), len(self.readers[instruction])
-        return self.rules.counts_moves and operands * readers <= operands + 1 + readers
-
-    def _full_operands(self, instruction: int) -> int:
-        """The number of operands of the rank of an instruction."""
         full_operands = 0
-        for tensor in self.graph.instructions[instruction].operands:
-            is_full_rank = len(self.graph.tensors[tensor].shape) >= self.rank[instruction]
+        for tensor in operands:
+            is_full_rank = len(tensors[tensor].shape) >= self.rank[instruction]
             if is_full_rank and not self._is_generated(tensor):
                 full_operands += 1
-        return full_operands
+        bytes_read = sum(tensors[tensor].nbytes for tensor in dict.fromkeys(operands))
+        return full_operands > 1 and bytes_read > self.nbytes[instruction]
 
     def _is_generated(self, tensor: int) -> bool:
         """Whether a tensor is a constant, an iota or a broadcast."""

@@ -37,8 +37,6 @@ class FusionRules:
     repeats_differences: bool = False
     """A difference from a broadcast value, as from a mean, is computed by each of its readers, also
     by reductions over columns."""
-    counts_moves: bool = False
-    """Readers compute a value of several tensors if they then move no more tensors of its size."""
     longest_column: int = 0
     """Rows of a reduction that is not split: a shorter one may read a difference from memory
     (`cost.differences`). 0: none does."""
