@@ -161,6 +161,10 @@ class _Combined:
     tensors: list[int] = field(default_factory=list)
     """The gradients."""
 
+    def takes(self, nbytes: int, passed: int) -> bool:
+        """Whether a gradient of a result of `nbytes`, computed after `passed` waits, joins it."""
+        return self.nbytes + nbytes <= COMBINED_BYTES and passed <= self.wait
+
 
 def early_sums(graph: OperatorGraph, layout: Layout, mesh: Mesh) -> dict[int, EarlySum]:
     """Gradient -> its sum, for those for which products wait.
@@ -208,8 +212,7 @@ def _combined(graph: OperatorGraph, layout: Layout, mesh: Mesh) -> list[_Combine
             shape = local_shape(value.shape, sharding, mesh.sizes)
             nbytes = ITEMSIZE.get(value.dtype, 4) * math.prod(shape)
             group = last.get(key)
-            is_full = group is None or group.nbytes + nbytes > COMBINED_BYTES
-            if is_full or passed[producer[tensor]] > group.wait:
+            if group is None or not group.takes(nbytes, passed[producer[tensor]]):
                 group = _Combined(number)
                 groups.append(group)
                 if nbytes <= COMBINED_BYTES:
