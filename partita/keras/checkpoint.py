@@ -25,7 +25,7 @@ import numpy as np
 from partita.errors import PartitaError
 from partita.execute import members
 from partita.execute.process_arrays import is_local, is_of_group, whole
-from partita.execute.processes import alone, from_first, together
+from partita.execute.processes import alone, from_first, is_first, together
 from partita.execute.steps import uninterrupted
 from partita.files.checksums import (
     MODULUS,
@@ -58,7 +58,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     >>> model.fit(x, y, epochs=10, callbacks=[partita.Checkpoint("run1")])     # doctest: +SKIP
 
-    The same line, run again after an interruption, continues with the unfinished epoch. Weights,
+    The same line, run again after an interruption, continues with the unfinished epoch. If all
+    epochs are in the checkpoint, nothing is trained, and one sentence says so. Weights,
     optimizer and epoch are saved. Models match by structure: numbers that Keras adds to the names
     of layers made again ("dense_1") make no difference. NumPy's global seed, by which `fit`
     shuffles, is set at every epoch from the number of the epoch, so a resumed run sees the samples
@@ -175,6 +176,19 @@ class Checkpoint(keras.callbacks.Callback):
         model: Any = self.model
         # Keras's own BackupAndRestore sets the first epoch like this.
         model._initial_epoch = self._resumed_epoch + 1
+        self._say_if_complete(self._resumed_epoch + 1)
+
+    def _say_if_complete(self, trained: int) -> None:
+        """Says why a training whose epochs are all in the checkpoint ends at once."""
+        epochs = (self.params or {}).get("epochs")
+        if epochs is None or trained < epochs or not is_first():
+            return
+        print(
+            f"partita: Nothing is left to train: the checkpoint in {str(self.folder)!r} has "
+            f"{trained} epochs, and epochs={epochs}. The model has the weights of the checkpoint. "
+            "Give more epochs to go on, or another folder to train anew.",
+            file=sys.stderr,
+        )
 
     def _locked(self) -> str:
         """Locks the folder until training ends; PartitaError while another run has it."""

@@ -51,6 +51,19 @@ def test_a_model_that_is_made_again_resumes_on_the_uninterrupted_curve(tmp_path:
     assert rest.history["loss"] == pytest.approx(whole.history["loss"][2:], rel=1e-6)
 
 
+def test_a_training_that_is_complete_says_why_nothing_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path, 2)
+    assert "partita" not in capsys.readouterr().err
+    _, history = fit(tmp_path, 2)
+    assert history.history == {}
+    sentence = "Nothing is left to train: the checkpoint in .* has 2 epochs, and epochs=2"
+    assert re.search(sentence, capsys.readouterr().err)
+    fit(tmp_path, 3)
+    assert "partita" not in capsys.readouterr().err
+
+
 def test_the_first_live_process_writes_after_a_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
