@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -159,7 +160,7 @@ def generate(
 
     Example: partita gnn generate blocks --vertices 9k --edges 90k -o b.lux
     """
-    with errors():
+    with _errors():
         from partita.gnn.data import files
         from partita.gnn.data import generate as generators
         from partita.units import parse_count
@@ -228,7 +229,7 @@ def convert(
 
     Example: partita gnn convert edges.txt.gz graph.lux
     """
-    with errors():
+    with _errors():
         from partita.gnn.data import files
 
         _check_transpose(transpose, output)
@@ -253,7 +254,7 @@ def info(file: GraphFile, as_json: Json = False) -> None:
 
     Example: partita gnn info graph.lux
     """
-    with errors():
+    with _errors():
         from partita.gnn.data import files
         from partita.gnn.data.facts import facts_table, graph_facts
 
@@ -309,6 +310,29 @@ class _Split:
     memory: Memory = None
 
 
+ARGUMENTS = "|".join(field.name for group in (_Network, _Split) for field in fields(group))
+"""Arguments of models and of `fit` that are options of the commands, by the same name."""
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """`errors`, with the options of the command in sentences on arguments in Python."""
+    with errors():
+        try:
+            yield
+        except GraphError as error:
+            raise GraphError(_with_options(str(error))) from None
+
+
+def _with_options(sentence: str) -> str:
+    """A sentence with options in place of arguments.
+
+    >>> _with_options('Use memory="991200 B" or devices=4.')
+    'Use --memory "991200 B" or --devices 4.'
+    """
+    return re.sub(rf"(?<![\w-])({ARGUMENTS})=(?=[\w'\"])", r"--\1 ", sentence)
+
+
 @dataclass(frozen=True)
 class _Saving:
     """The files of a training."""
@@ -345,7 +369,7 @@ def train(
 
     Example: partita gnn train cora.npz --normalise --epochs 200 --devices 4
     """
-    with errors():
+    with _errors():
         save = saving.save
         if save is not None and save.suffix != ".keras":
             raise GraphError(
@@ -406,7 +430,7 @@ def plan(
 
     Example: partita gnn plan graph.lux --model sage --hidden 256 --machine h100:8
     """
-    with errors():
+    with _errors():
         check_writable(report=report)
         if target.machine is None:
             raise GraphError(
@@ -494,7 +518,7 @@ def compare(
 
     Example: partita gnn partition graph.lux --devices 8 --report parts.html
     """
-    with errors():
+    with _errors():
         if report is not None and report.suffix != ".html":
             raise GraphError(
                 f"{report.name!r} does not end in .html: call it {report.stem + '.html'!r}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -291,3 +292,11 @@ def test_a_mistake_in_training_is_one_sentence(tmp_path: Path) -> None:
     ):
         done = gnn("train", tmp_path / "bare.lux", *arguments)
         assert done.exit_code == 2 and sentence in done.stderr and "Traceback" not in done.output
+
+
+def test_a_small_memory_names_the_option(tmp_path: Path) -> None:
+    gnn(*RMAT, "-o", tmp_path / "g.lux")
+    for command in (["train"], ["plan", "--machine", "h100:1"]):
+        done = gnn(*command, tmp_path / "g.lux", "--memory", "1kB")
+        assert done.exit_code == 2
+        assert re.search(r'Use --memory "\d+ B" or more', done.stderr), done.stderr
