@@ -4,8 +4,9 @@ Run: python benchmarks/gnn_parity.py --peer FOLDER, where FOLDER has torch and t
 (`pip install --target FOLDER torch torch_geometric`). Random directed graphs have repeated edges,
 repeated self edges and isolated vertices. PyG computes in float64. The table gives the largest
 difference, relative to the largest number of the result, of Partita on 1, 2, 3 and 4 parts and
-within memory plans on 1 and 2 parts, and of PyG itself in float32. Gradients of all weights of a layer count as one
-result: the gradient of a single number, such as GIN's e, may be a sum that cancels.
+within memory plans on 1 and 2 parts, and of PyG itself in float32. Gradients of all weights of a
+layer count as one result: the gradient of a single number, such as GIN's e, may be a sum that
+cancels. The exit code is 1 if a difference of Partita exceeds LIMIT, or is no number.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from partita.execute.devices import request_cpu_devices
 
 VERTICES, EDGES, FEATURES, UNITS, EDGE_FEATURES = 60, 400, 12, 8, 3
 PARTS = (1, 2, 3, 4)
+LIMIT = 1e-5
+"""Largest relative difference that is rounding."""
 
 
 @dataclass(frozen=True)
@@ -393,6 +396,7 @@ def main() -> None:
         sys.exit("torch_geometric is not installed: give --peer a folder that has it.")
     request_cpu_devices(max(PARTS))
     print(f"{'case':66} {'Partita':>8} {'PyG':>8}")
+    beyond = []
     for case in [*layer_cases(), *model_cases()]:
         if arguments.only not in case.name:
             continue
@@ -401,6 +405,10 @@ def main() -> None:
         name = f"{case.name}{' pair' if case.pair else ''}"
         edges = "" if case.edges == "none" else f"edge {case.edges}"
         print(f"{name:52} {edges:13} {ours:8.1e} {peer:8.1e}", flush=True)
+        if not ours <= LIMIT:
+            beyond.append(f"{name} {edges}".strip())
+    if beyond:
+        sys.exit(f"Beyond {LIMIT:.0e} of PyG: {', '.join(beyond)}.")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import os
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -168,3 +169,29 @@ def test_the_chart_of_the_papers_is_drawn_from_rows(tmp_path: Path) -> None:
 def test_every_script_has_a_small_case() -> None:
     scripts = {path.stem for path in BENCHMARKS.glob("*.py")}
     assert scripts == {*SMALL, *OF_A_GRAPH, *HELP} | ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    ("difference", "is_rounding"), [(9e-6, True), (2e-5, False), (np.nan, False)]
+)
+def test_parity_with_pyg_fails_beyond_rounding(
+    difference: float, is_rounding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = runpy.run_path(str(BENCHMARKS / "gnn_parity.py"))
+    main = script["main"]
+    case = script["Case"]("GCNConv", lambda: None, lambda: None)
+    replaced = {
+        "layer_cases": lambda: [case],
+        "model_cases": list,
+        "largest_differences": lambda case, seed: (difference, 0.0),
+        "request_cpu_devices": lambda count: None,
+        "importlib": SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: True)),
+    }
+    for name, value in replaced.items():
+        monkeypatch.setitem(main.__globals__, name, value)
+    monkeypatch.setattr(sys, "argv", ["gnn_parity.py"])
+    if is_rounding:
+        main()
+        return
+    with pytest.raises(SystemExit, match="Beyond 1e-05 of PyG: GCNConv"):
+        main()
