@@ -286,6 +286,14 @@ def _check_mask(model: Any, graph: Graph, mask: str) -> None:
         raise GraphError(
             f"The {name} mask of '{graph.name}' is empty: mark at least one vertex, {mask}=[...]."
         )
+    if getattr(model, "links", False):
+        vertices = np.flatnonzero(marked)
+        if (graph.offsets[vertices + 1] - graph.offsets[vertices] != 2).any():
+            raise GraphError(
+                f"The {mask} mask of '{graph.name}' has vertices that are no pairs, and a model of "
+                "links=True predicts pairs: use gnn.split_links(graph).samples(), or "
+                "gnn.with_pairs."
+            )
     classes = getattr(model, "classes", None)
     if graph.has_targets:
         if classes not in (None, graph.classes):

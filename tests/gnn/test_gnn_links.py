@@ -80,6 +80,11 @@ def test_losses_and_auc_are_those_of_one_device_on_any_number() -> None:
     assert one.evaluate(samples, return_dict=True)["auc"] > 0.7
 
 
+def test_a_graph_without_pairs_is_refused() -> None:
+    with pytest.raises(GraphError, match=r"train mask .* no pairs, .* use gnn.split_links"):
+        model().fit(blocks(), verbose=0)
+
+
 def test_bad_pairs_are_one_sentence() -> None:
     graph = blocks()
     with pytest.raises(GraphError, match="give 1 for a pair with an edge, and 0 without"):
