@@ -1,6 +1,7 @@
 """Definitions of layers, losses and weights: dense references, and refusals of silent errors."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -919,6 +920,12 @@ def test_a_correlation_is_a_number_on_several_devices() -> None:
         (lambda m, g: m.train_on_batch(g), r"train_on_batch has no meaning .* use fit\(graph\)"),
         (lambda m, g: m(g.features[:5], graph=g), "5 rows were given for the 23 vertices"),
         (lambda m, g: m(g.features, graph=[1]), "graph is a list: give a gnn.Graph"),
+        (lambda m, g: m(g.features[:, 0], graph=g), r"rows are \[23\]: give a table"),
+        (lambda m, g: m(g.features), r"GCN 'gcn.*' is called without a graph: .*graph=graph"),
+        (lambda m, g: gnn.SAGEConv(3)(g.features, graph=None), "SAGEConv .* without a graph"),
+        (lambda m, g: gnn.MessagePassing()(g.features), "MessagePassing .* without a graph"),
+        (lambda m, g: gnn.VertexDropout(0.5)(g.features, training=True), "Dropout .* without a g"),
+        (lambda m, g: gnn.VertexBatchNormalization()(g.features), "Normalization .* without a g"),
         (lambda m, g: m.compile("sgd", run_eagerly=True), "run_eagerly would be ignored"),
         (lambda m, g: m.compile("sgd", metrics="accuracy"), "metrics is a str, .* give a list"),
         (
@@ -943,6 +950,35 @@ def test_a_mistake_is_a_sentence(call: Any, sentence: str) -> None:
     model.compile("sgd")
     with pytest.raises(GraphError, match=sentence):
         call(model, graph)
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "message", "sentence"),
+    [
+        ("sum", lambda x: x[:5], r"is \[5, .* return a row for every row"),
+        ("max", lambda x: x.sum(), r"is \[\], and .* return a row for every row"),
+        ("mean", lambda x: (x, x), "is a tuple of 2: return one array"),
+        ("softmax", lambda x: (x, x, x), "is a tuple of 3: return one array"),
+        ("softmax", lambda x: (x[:, :2], x), "scores .* and values .*: return scores"),
+    ],
+)
+def test_messages_of_another_shape_are_refused(
+    aggregate: str, message: Callable[[Any], Any], sentence: str
+) -> None:
+    class Wrong(gnn.MessagePassing):
+        def message(self, x_source: Any, x_target: Any, edge: Any) -> Any:
+            return message(x_source)
+
+    graph = random_graph()
+    with pytest.raises(GraphError, match=sentence):
+        Wrong(aggregate)(graph.features, graph=graph)
+
+
+def test_a_graph_may_be_given_by_position() -> None:
+    graph = random_graph()
+    layer = gnn.MessagePassing()
+    rows = layer(graph.features, graph)
+    np.testing.assert_array_equal(rows, layer(graph.features, graph=graph))
 
 
 def test_messages_without_a_function_of_ones_own_read_weights() -> None:

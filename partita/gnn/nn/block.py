@@ -560,6 +560,23 @@ def block_of(graph: Graph) -> Block:
     )
 
 
+class TakesGraph:
+    """Mixin of layers that are called with `graph`, before `keras.layers.Layer` in the bases."""
+
+    def __call__(self, *args: Any, graph: Any = None, **options: Any) -> Any:
+        if graph is None and len(args) > 1:
+            # Keras takes by position only arrays
+            args, graph = (args[0], *args[2:]), args[1]
+        if graph is None:
+            layer: Any = self
+            raise GraphError(
+                f"{type(self).__name__} '{layer.name}' is called without a graph: give it after "
+                "the rows, layer(x, graph=graph)."
+            )
+        caller: Any = super()
+        return caller.__call__(*args, graph=graph, **options)
+
+
 def as_block(graph: Any, x: Any) -> Any:
     """The block of a whole graph if a `Graph` is given, so that a layer can be called on one.
 
@@ -576,6 +593,10 @@ def as_block(graph: Any, x: Any) -> Any:
         raise GraphError(
             f"{x.shape[0]:,} rows were given for the {graph.vertices:,} vertices of "
             f"'{graph.name}': give a row for every vertex."
+        )
+    if not isinstance(x, (tuple, list)) and len(x.shape) < 2:
+        raise GraphError(
+            f"The rows are {list(x.shape)}: give a table [vertices, features], such as x[:, None]."
         )
     return jax.tree.map(jnp.asarray, block_of(graph))
 

@@ -30,7 +30,7 @@ from partita.errors import GraphError
 from partita.gnn.data.arrays import as_count
 from partita.gnn.data.graph import Graph
 from partita.gnn.kernels import tall
-from partita.gnn.nn.block import Block, as_block
+from partita.gnn.nn.block import Block, TakesGraph, as_block
 from partita.gnn.nn.pieces import BlockPiece, by_columns, by_rows, run
 
 PACKAGE = "partita"
@@ -60,7 +60,7 @@ def widths_of(input_shape: Any) -> tuple[int, int]:
     return source[-1], target[-1]
 
 
-class AbstractConv(keras.layers.Layer):
+class AbstractConv(TakesGraph, keras.layers.Layer):
     """A layer of `units` features per vertex: `layer(x, graph=block)` of x [rows, features].
 
     SAGEConv, GINConv and layers of attention take a pair (x_source, x_target), both [rows, ...].

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import keras
 
 from partita.errors import GraphError
-from partita.gnn.nn.block import Block, as_block
+from partita.gnn.nn.block import Block, TakesGraph, as_block
 from partita.gnn.nn.layers import PACKAGE
 from partita.gnn.nn.sums import Edges, edge_max, edge_sum, spread
 
@@ -24,7 +24,7 @@ AGGREGATES = ("sum", "mean", "max", "softmax")
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
-class MessagePassing(keras.layers.Layer):
+class MessagePassing(TakesGraph, keras.layers.Layer):
     """A layer of messages along in-edges (Gilmer et al. 2017, eq. 1): `layer(x, graph=graph)`.
 
     aggregate   'sum', 'mean' or 'max' of the messages into a vertex, 0 without any; or 'softmax':
@@ -75,6 +75,7 @@ class MessagePassing(keras.layers.Layer):
         graph = as_block(graph, x)
         ends = graph.ends(x)
         messages = self.message(ends.source, ends.target, ends.features)
+        self._check_messages(messages, ends.source.shape[0])
         if self.aggregate == "softmax":
             scores, values = messages if isinstance(messages, tuple) else (messages, messages)
             aggregated = _softmax_mean(ends.by_edge, scores, values)
@@ -86,6 +87,29 @@ class MessagePassing(keras.layers.Layer):
             degrees = jnp.maximum(graph.degree, 1)
             aggregated = aggregated / degrees.reshape(-1, *[1] * (aggregated.ndim - 1))
         return self.update(x, graph.filled(aggregated.astype(x.dtype)))
+
+    def _check_messages(self, messages: Any, edges: int) -> None:
+        """GraphError unless messages have a row for every edge: kernels do not read shapes."""
+        name = type(self).__name__
+        is_pair = isinstance(messages, tuple)
+        if is_pair and (self.aggregate != "softmax" or len(messages) != 2):
+            raise GraphError(
+                f"The message of {name} is a tuple of {len(messages)}: return one array, or with "
+                "aggregate='softmax' a pair of scores and values."
+            )
+        shapes = [tuple(jnp.shape(array)) for array in (messages if is_pair else (messages,))]
+        for shape in shapes:
+            if shape[:1] != (edges,):
+                raise GraphError(
+                    f"The message of {name} is {list(shape)}, and {edges:,} edges have a message: "
+                    "return a row for every row of x_source."
+                )
+        scores, values = shapes[0], shapes[-1]
+        if values[: len(scores)] != scores:
+            raise GraphError(
+                f"The message of {name} has scores {list(scores)} and values {list(values)}: "
+                "return scores [edges, heads] and values [edges, heads, features]."
+            )
 
     def build(self, input_shape: Any) -> None:
         self.built = True

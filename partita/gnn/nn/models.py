@@ -17,7 +17,7 @@ from partita.gnn.data.arrays import as_count
 from partita.gnn.data.graph import Graph
 from partita.gnn.nn import layers
 from partita.gnn.nn.attention import GATConv, GATv2Conv
-from partita.gnn.nn.block import READOUTS, Block, as_block
+from partita.gnn.nn.block import READOUTS, Block, TakesGraph, as_block
 from partita.gnn.nn.isomorphism import GINConv
 from partita.gnn.nn.layers import PACKAGE, GatedGraphConv
 from partita.gnn.nn.rows import is_by_rows
@@ -70,7 +70,7 @@ class ModelOptions(TypedDict, total=False):
     dtype: Any
 
 
-class GraphModel(FullGraphTraining, keras.Model):
+class GraphModel(TakesGraph, FullGraphTraining, keras.Model):
     """`layers` layers of `hidden` features, the last of `classes`, each after dropout.
 
     `hidden` may be a list of widths, one for each layer but the last. The output is probabilities.

@@ -12,7 +12,7 @@ import numpy as np
 
 from partita.errors import GraphError
 from partita.gnn.kernels.pairs import PairPattern, least_bits, mix
-from partita.gnn.nn.block import Block
+from partita.gnn.nn.block import Block, TakesGraph
 from partita.gnn.nn.layers import PACKAGE
 
 
@@ -54,7 +54,7 @@ class SeededDropout(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
-class VertexDropout(SeededDropout):
+class VertexDropout(TakesGraph, SeededDropout):
     """Dropout whose pattern depends on the vertex and not on the device.
 
     The numbers are the same however a graph is split.
@@ -107,7 +107,7 @@ class PairDropout(SeededDropout):
 
 
 @keras.saving.register_keras_serializable(PACKAGE)
-class VertexBatchNormalization(keras.layers.Layer):
+class VertexBatchNormalization(TakesGraph, keras.layers.Layer):
     """Batch normalization over all vertices (Ioffe and Szegedy 2015, alg. 1), on any devices.
 
     Mean and variance are of the vertices of all devices, as on one. The moving ones, of momentum
