@@ -42,8 +42,6 @@ BUDGETS = 8
 """Budgets of bytes of the exact search, at most."""
 CLOSE_BUDGETS = 0.98
 """Ratio of two budgets between which none is tried: plans come in steps of bytes."""
-FULL = 0.95
-"""Share of the memory from which on a plan is left with all its runs."""
 SMALL_GAP = 0.05
 """Relative excess over the lower bound up to which no longer runs are tried."""
 
@@ -123,7 +121,9 @@ class _Search:
         for number in range(BUDGETS):
             searched = eliminate(reduced.problem, budget)
             states = reduced.lift(searched.states)
-            if not searched.feasible or searched.stopped or states in self._tried:
+            if searched.stopped:
+                raise KeyboardInterrupt
+            if not searched.feasible or states in self._tried:
                 break
             one = self._attempt(space, states)
             if self._consider(one):
@@ -236,5 +236,8 @@ def _walked(
     walked = [min(fitting, key=problem.seconds)]
     if is_large(problem):
         walked.append(descended(problem, walked[0], limits.budget))
-    walked.append(sampled(problem, limits, [*fitting, *walked], 0.0).states)
+    result = sampled(problem, limits, [*fitting, *walked], 0.0)
+    if result.stopped:
+        raise KeyboardInterrupt
+    walked.append(result.states)
     return sorted(set(walked), key=problem.seconds)
