@@ -1,10 +1,13 @@
 """A test before training: a network of one's own gives one device's numbers on several devices.
 
 A step over a small random graph runs as `fit` would run it, and on one device over all edges. Loss,
-gradients and changed variables must agree up to rounding. They differ if the network combines
-vertices outside of the aggregations of `graph`: Keras's BatchNormalization and Dropout, penalties
-on features, means over rows. They differ on any number of devices above one, so that one number is
-tested. The price: two small compilations, once per model.
+gradients and changed variables must agree up to rounding, and so must the output without training.
+They differ if the network combines vertices outside of the aggregations of `graph`: Keras's
+BatchNormalization and Dropout, penalties on features, means over rows. They differ on any number of
+devices above one, so that one number is tested. The price: two small compilations, once per model.
+
+An exchange in a branch would wait for devices that take another branch. It is found in the traced
+step, before that runs.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import keras
 import numpy as np
 
 from partita.errors import GraphError
+from partita.execute import process_arrays
 from partita.files.reading import short_reason
 from partita.gnn.data.graph import Graph
 from partita.gnn.nn.rows import is_by_rows, is_ours, penalizes
@@ -27,6 +31,7 @@ from partita.gnn.prepare import Architecture, PreparationKey, PreparedGraph, Spl
 from partita.gnn.step import (
     StepState,
     differentiated,
+    inner_programs,
     on_all_devices,
     on_each_device,
     state_of,
@@ -37,6 +42,13 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 ROUNDING = 1e-5
 """Share of the largest result below which differences are rounding."""
+
+
+CALLS = ("call", "add_loss", "call without training")
+"""Parts of a network that are compared."""
+
+EXCHANGES = ("ppermute", "all_to_all", "psum", "pmax", "pmin", "all_gather")
+"""Operations of a program by which devices exchange numbers."""
 
 
 def check_agreement(model: Any, graph: Graph, split: Split, architecture: Architecture) -> None:
@@ -55,17 +67,25 @@ def check_agreement(model: Any, graph: Graph, split: Split, architecture: Archit
             f"number of them: {short_reason(str(error))}. Write a call that takes any number of "
             "rows, or use devices=1."
         ) from error
-    if not all(np.isfinite(array).all() for array in expected):
+    if not all(np.isfinite(array).all() for group in expected for array in group):
         # logarithms and distances may need numbers like those of the graph
         sample = _sample_like(graph, sample)
         expected = _step_values(model, sample, Split(), alone)
     given = _step_values(model, sample, Split(split.devices, columns=1), architecture)
     tolerance = TOLERANCES.get(model.compute_dtype, ROUNDING)
+    for call, ones, others in zip(CALLS, expected, given, strict=True):
+        if not _agree(ones, others, tolerance):
+            raise GraphError(_refusal(model, split.devices, architecture, call))
+
+
+def _agree(expected: list[np.ndarray], given: list[np.ndarray], tolerance: float) -> bool:
+    """Whether arrays are equal up to rounding."""
     largest = max(float(np.abs(array).max(initial=0)) for array in expected)
     for one, several in zip(expected, given, strict=True):
         bound = tolerance * np.linalg.norm(one) + ROUNDING * largest * one.size**0.5
         if not np.linalg.norm(one - several) <= bound:
-            raise GraphError(_refusal(model, split.devices, architecture))
+            return False
+    return True
 
 
 def _sample(graph: Graph, devices: int) -> Graph:
@@ -141,16 +161,46 @@ def _edge_features(graph: Graph, edges: int, random: np.random.Generator) -> Any
 
 def _step_values(
     model: Any, sample: Graph, split: Split, architecture: Architecture
-) -> list[np.ndarray]:
-    """Loss, gradients and variables after a step on a sample, those that are no integers."""
+) -> list[list[np.ndarray]]:
+    """Numbers of a step on a sample, for each of `CALLS`.
+
+    They are loss, gradients and variables after, those that are no integers; penalties; the output
+    without training.
+    """
     prepared = prepare(sample, PreparationKey(sample.digest, split, architecture))
     state = on_all_devices(state_of(model)._replace(optimizer=[]), split.devices)
     step = partial(_differentiated_step, model, _aggregations(prepared))
-    program = jax.jit(on_each_device(step, split.devices, (False, True), gives_own=False))
-    values = program(state, prepared.data)
+    program = jax.jit(on_each_device(step, split.devices, (False, True), gives_own=True))
+    traced = program.trace(state, prepared.data)
+    if split.devices > 1 and _has_exchange_in_branch(traced.jaxpr):
+        raise GraphError(
+            f"{type(model).__name__} aggregates in a branch of cond or in a while_loop, where "
+            "devices would wait for those that take another branch: aggregate outside and use "
+            "jnp.where, or use devices=1."
+        )
+    values, penalties, predicted = program(state, prepared.data)
+    rows = prepared.in_given_order(process_arrays.whole(predicted))
+    return [_floats(values, split), _floats(penalties, split), [rows.astype(np.float64)]]
+
+
+def _floats(values: Any, split: Split) -> list[np.ndarray]:
+    """The arrays of one device that are no integers."""
     arrays = [leaf.addressable_data(0) for leaf in jax.tree.leaves(values)]
     floats = [array for array in arrays if jnp.issubdtype(array.dtype, jnp.floating)]
-    return [np.asarray(array).astype(np.float64) for array in floats]
+    own = [array[0] if split.devices > 1 else array for array in floats]
+    return [np.asarray(array).astype(np.float64) for array in own]
+
+
+def _has_exchange_in_branch(jaxpr: Any, in_branch: bool = False) -> bool:
+    """Whether devices exchange numbers in a program that a device may run or not."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if in_branch and name in EXCHANGES:
+            return True
+        branches = in_branch or name in ("cond", "while")
+        if any(_has_exchange_in_branch(inner, branches) for inner in inner_programs(equation)):
+            return True
+    return False
 
 
 def _aggregations(prepared: PreparedGraph) -> int:
@@ -160,7 +210,11 @@ def _aggregations(prepared: PreparedGraph) -> int:
 
 def _differentiated_step(model: Any, aggregations: int, state: StepState, data: Any) -> Any:
     gradients, value, _, others = differentiated(model, aggregations, state, data)
-    return value, gradients, others
+    predicted, _, penalties = model.stateless_call(
+        state.trainable, state.others, data.x, graph=data.block, training=False, return_losses=True
+    )
+    penalty = data.block.sum_over_devices(jnp.asarray(sum(penalties), jnp.float32))
+    return (value, gradients, others), penalty / data.block.parts, predicted.astype(jnp.float32)
 
 
 def is_known_to_agree(model: Any) -> bool:
@@ -169,10 +223,10 @@ def is_known_to_agree(model: Any) -> bool:
     return is_ours(model) and all(map(is_by_rows, inner))
 
 
-def _refusal(model: Any, devices: int, architecture: Architecture) -> str:
+def _refusal(model: Any, devices: int, architecture: Architecture, call: str = "call") -> str:
     name = type(model).__name__
     suspects = [text for text in map(_suspicion, model._flatten_layers()) if text]
-    reason = suspects[0] if suspects else f"its call combines the rows of vertices. {ADVICE}"
+    reason = suspects[0] if suspects else f"its {call} combines the rows of vertices. {ADVICE}"
     if devices == 1 and architecture.by_vertex:
         return (
             f"{name} sets by_vertex = True, and not only its aggregations combine vertices: "

@@ -189,6 +189,7 @@ def architecture_of(model: Any, graph: Graph) -> Architecture:
             _shapes(model.non_trainable_variables),
             _data_shapes(graph),
         )
+    _check_built(model)
     matrices = [v.shape for v in model.trainable_variables if len(v.shape) > 1]
     return Architecture(
         aggregations=tuple(calls.aggregations),
@@ -197,6 +198,17 @@ def architecture_of(model: Any, graph: Graph) -> Architecture:
         by_vertex=bool(vars(type(model)).get("by_vertex") and model.by_vertex),
         normalizes=tuple(sorted(calls.normalizes)),
     )
+
+
+def _check_built(model: Any) -> None:
+    """GraphError if a traced call has built a layer: its variables have no values."""
+    for layer in model._flatten_layers(include_self=False):
+        if any(isinstance(v._value, jax.core.Tracer) for v in layer.variables):
+            raise GraphError(
+                f"Layer {layer.name!r} of {type(model).__name__} is not built before it is called: "
+                "build it in the model's build(input_shape), as layer.build((None, features)), and "
+                "make the model anew."
+            )
 
 
 def _data_shapes(graph: Graph) -> GraphData:

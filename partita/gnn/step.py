@@ -68,6 +68,7 @@ def loss_sum(model: Any, predicted: Any, data: GraphData, mask: str, importance:
     one value per vertex.
     """
     check_output(model, predicted)
+    _check_rows(model, predicted, len(data.masks[mask]))
     # A loss may have no gradient at the rows of other vertices, and 0 times NaN is NaN.
     counts = (data.masks[mask] > 0).reshape(-1, *[1] * (predicted.ndim - 1))
     safe = jnp.where(counts, predicted.astype(jnp.float32), 0.5)
@@ -134,6 +135,25 @@ def check_output(model: Any, predicted: Any) -> None:
         f"The output of '{model.name}' is a {kind}: return one array [rows, features]. Of several "
         "outputs, return keras.ops.concatenate(outputs, axis=1), and give a loss that splits it."
     )
+
+
+def _check_rows(model: Any, predicted: Any, rows: int) -> None:
+    """GraphError unless an output has a row per vertex."""
+    if len(predicted) != rows:
+        raise GraphError(
+            f"The output of '{model.name}' has {len(predicted):,} rows for {rows:,} vertices: "
+            "return a row for every row of x."
+        )
+
+
+def check_penalties(penalties: Sequence[Any]) -> None:
+    """GraphError unless penalties of `add_loss` are numbers."""
+    for penalty in penalties:
+        if jnp.ndim(penalty) > 0:
+            raise GraphError(
+                f"add_loss is given an array {list(jnp.shape(penalty))}: give one number, such as "
+                "self.add_loss(graph.vertex_sum(penalties)) of one penalty per vertex."
+            )
 
 
 def labels_like(predicted: Any, data: GraphData) -> Any:
@@ -261,6 +281,7 @@ def differentiated(
             predicted, others_after, penalties = model.stateless_call(
                 trainable, others, x, graph=data.block, training=True, return_losses=True
             )
+        check_penalties(penalties)
         total = loss_sum(model, predicted, data, "train", data.importance)
         value = total / loss_divisor(model, predicted, data, "train", data.importance)
         value = value + sum(penalties) / data.block.parts
@@ -287,6 +308,7 @@ def prediction_step(model: Any, state: StepState, data: GraphData) -> Any:
         state.trainable, state.others, data.x, graph=data.block, training=False
     )[0]
     check_output(model, predicted)
+    _check_rows(model, predicted, len(data.x))
     return predicted.astype(jnp.float32)
 
 
@@ -398,7 +420,7 @@ def exchanged_bytes(jaxpr: Any, devices: int) -> int:
             stays = devices // len(groups[0]) if groups else 0
             nbytes = sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
             total += (devices - stays) * nbytes
-        total += sum(exchanged_bytes(inner, devices) for inner in _inner_programs(equation))
+        total += sum(exchanged_bytes(inner, devices) for inner in inner_programs(equation))
     return total
 
 
@@ -417,7 +439,7 @@ def peak_bytes(jaxpr: Any) -> int:
         results = {v: v.aval.size * v.aval.dtype.itemsize for v in equation.outvars}
         dead = [v for v in alive if last_reads.get(v, -1) <= number]
         replaced = [alive[v] for v in dead if alive[v] in results.values()]
-        inside = max(map(peak_bytes, _inner_programs(equation)), default=0)
+        inside = max(map(peak_bytes, inner_programs(equation)), default=0)
         before = sum(alive.values())
         peak = max(peak, before + max(sum(results.values()) - sum(replaced), inside))
         alive.update(results)
@@ -426,7 +448,7 @@ def peak_bytes(jaxpr: Any) -> int:
     return peak
 
 
-def _inner_programs(equation: Any) -> Iterator[Any]:
+def inner_programs(equation: Any) -> Iterator[Any]:
     """The programs in an operation's parameters."""
     for inner in jax.tree.leaves(equation.params, is_leaf=_is_program):
         program = getattr(inner, "jaxpr", inner)

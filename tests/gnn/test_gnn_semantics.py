@@ -988,3 +988,65 @@ def test_messages_without_a_function_of_ones_own_read_weights() -> None:
     targets = np.repeat(np.arange(graph.vertices), graph.in_degrees())
     np.add.at(expected, targets, graph.features[graph.sources] * graph.weights[:, None])
     np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-6)
+
+
+class FreeNetwork(gnn.GraphModel):
+    """Dense layers around a function of (model, rows, graph, training)."""
+
+    def __init__(self, inner: Any, builds: bool = True) -> None:
+        super().__init__(classes=4, layers=0)
+        self.enter = keras.layers.Dense(8)
+        self.leave = keras.layers.Dense(4, activation="softmax")
+        self.inner = inner
+        self.builds = builds
+
+    def build(self, input_shape: Any) -> None:
+        if self.builds:
+            self.enter.build(input_shape)
+        self.leave.build((None, 8))
+        self.built = True
+
+    def call(self, x: Any, graph: Any, training: bool = False) -> Any:
+        return self.leave(self.inner(self, self.enter(x), graph, training))
+
+
+def mean_without_training(model: Any, h: Any, graph: Any, training: bool) -> Any:
+    return h if training else h - h.mean(axis=0)
+
+
+def small_mean_penalty(model: Any, h: Any, graph: Any, training: bool) -> Any:
+    model.add_loss(1e-3 * (h**2).mean())
+    return h
+
+
+def sum_in_a_branch(model: Any, h: Any, graph: Any, training: bool) -> Any:
+    return jax.lax.cond(h.sum() > 0, graph.sum, lambda rows: rows, h)
+
+
+def penalty_per_vertex(model: Any, h: Any, graph: Any, training: bool) -> Any:
+    model.add_loss((h**2).sum(axis=1))
+    return h
+
+
+@pytest.mark.parametrize(
+    ("inner", "devices", "sentence"),
+    [
+        (mean_without_training, 2, "its call without training combines the rows"),
+        (small_mean_penalty, 2, "its add_loss combines the rows"),
+        (sum_in_a_branch, 2, "aggregates in a branch of cond"),
+        (penalty_per_vertex, 1, r"add_loss is given an array \[23\]: give one number"),
+        (lambda model, h, graph, training: h[:-1], 1, "has 22 rows for 23 vertices"),
+    ],
+)
+def test_a_free_network_that_would_go_wrong_is_refused(
+    inner: Any, devices: int, sentence: str
+) -> None:
+    with pytest.raises(GraphError, match=sentence):
+        fitted(FreeNetwork(inner), random_graph(), devices=devices)
+
+
+def test_a_layer_that_is_not_built_is_named() -> None:
+    model = FreeNetwork(lambda model, h, graph, training: h, builds=False)
+    for _ in range(2):
+        with pytest.raises(GraphError, match="Layer 'dense.*' of FreeNetwork is not built"):
+            fitted(model, random_graph())
