@@ -1050,3 +1050,36 @@ def test_a_layer_that_is_not_built_is_named() -> None:
     for _ in range(2):
         with pytest.raises(GraphError, match="Layer 'dense.*' of FreeNetwork is not built"):
             fitted(model, random_graph())
+
+
+@pytest.mark.parametrize("operation", ["sum", "mean", "max"])
+def test_an_aggregation_is_mapped_over_a_dim(operation: str) -> None:
+    block = jax.tree.map(jnp.asarray, block_of(random_graph()))
+    function = getattr(block, operation)
+    rows = jnp.asarray(np.random.default_rng(0).standard_normal((3, VERTICES, 4)), jnp.float32)
+
+    def penalty(x: Any) -> Any:
+        return (function(x) ** 2).sum()
+
+    for mapped, single in ((function, function), (jax.grad(penalty), jax.grad(penalty))):
+        expected = [single(table) for table in rows]
+        np.testing.assert_allclose(jax.vmap(mapped)(rows), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "aggregate",
+    [
+        lambda block, x: block.sum(x[:5]),
+        lambda block, x: block.mean(x[:, None]),
+        lambda block, x: block.max(x[:, 0]),
+        lambda block, x: block.ends(x[:5]),
+        lambda block, x: block.ends(x, x[:5]),
+        lambda block, x: block.attention(x[:5, None], x[:, None], jnp.ones((1, 5))),
+        lambda block, x: block.attention(x, x, jnp.ones((1, 5))),
+    ],
+)
+def test_aggregations_of_other_rows_are_refused(aggregate: Any) -> None:
+    graph = random_graph()
+    block = jax.tree.map(jnp.asarray, block_of(graph))
+    with pytest.raises(GraphError, match="An aggregation is given rows .* for 23 vertices"):
+        aggregate(block, jnp.asarray(graph.features))

@@ -271,8 +271,13 @@ def is_symbolic() -> bool:
 
 
 def kernel(name: str, results: Any) -> Callable[..., Any]:
-    """The call of a registered handler; over several parts of a graph, dim 0 of all arrays."""
-    return jax.ffi.ffi_call(name, results, vmap_method="broadcast_all")
+    """The call of a registered handler.
+
+    Handlers take no batches: a `vmap` of one's own calls them once for each entry. Steps to be
+    priced have all parts of a graph in dim 0 of all arrays.
+    """
+    method = "broadcast_all" if is_symbolic() else "sequential"
+    return jax.ffi.ffi_call(name, results, vmap_method=method)
 
 
 def works(self_test: Callable[[], None], name: str) -> bool:

@@ -308,6 +308,7 @@ class Block:
         weights. The factors are float32 [rows]; None stands for 1, 0 and 1. They belong to the
         graph and are not trained: they have no gradient.
         """
+        self._check_rows(x)
         kind = x.dtype
         x = x.astype(jnp.float32)
         aggregation = self._next_aggregation(x.shape[1], "sum")
@@ -342,6 +343,7 @@ class Block:
 
         GraphError without edge features, or weights.
         """
+        self._check_rows(x)
         aggregation = self._next_aggregation(x.shape[1], "message")
         features = aggregation.edge_table
         if features is None:
@@ -359,6 +361,7 @@ class Block:
 
     def max(self, x: Any) -> Any:
         """[rows, features]: the maximum over in-edges, 0 without any."""
+        self._check_rows(x)
         aggregation = self._next_aggregation(x.shape[1], "max")
         sources = self._sources(aggregation, x.astype(jnp.float32))
         maxima = self._returned(aggregation, edge_max(aggregation.edges, sources))
@@ -378,6 +381,8 @@ class Block:
         the edges as given. `pattern(sources, targets)` gives the pattern of dropout for the numbers
         of the vertices that edges begin and end at.
         """
+        self._check_rows(l, dims=3)
+        self._check_rows(r, dims=3)
         correction = self.self_correction.astype(jnp.int32)
         correction = correction if self_edges else jnp.zeros_like(correction)
         kind = l.dtype
@@ -401,9 +406,11 @@ class Block:
         x [rows, features] where edges begin, `target` [rows, ...] where they end, by default x.
         `kind` is "attention" for a layer that does not read weights and features of edges.
         """
+        target = x if target is None else target
+        self._check_rows(x)
+        self._check_rows(target, dims=target.ndim)
         aggregation = self._next_aggregation(x.shape[1], kind)
         edges = aggregation.edges
-        target = x if target is None else target
         sources = self._sources(aggregation, x.astype(jnp.float32))
         targets = target.astype(jnp.float32)
         by_edge = edges_by_position(edges)
@@ -430,6 +437,15 @@ class Block:
         return self.first[0] + jnp.arange(self.rows, dtype=jnp.int32)
 
     # ----------------------------------------------------------------------------- exchanges
+
+    def _check_rows(self, x: Any, dims: int = 2) -> None:
+        """GraphError unless x has a row per vertex and `dims` dims: kernels do not read shapes."""
+        if x.ndim != dims or x.shape[0] != self.rows:
+            table = "[rows, features]" if dims == 2 else "[rows, heads, features]"
+            raise GraphError(
+                f"An aggregation is given rows {list(x.shape)} for {self.rows:,} vertices: give "
+                f"{table}, a row for every vertex."
+            )
 
     def _next_aggregation(self, width: int, operation: str) -> Aggregation:
         """The aggregation to use for the next call, which is recorded."""
