@@ -389,6 +389,21 @@ HETERO = SimpleNamespace(edge_types=[("a", "to", "b")])
             lambda: Graph.from_edges([0], [1], weights=[1, 2]),
             "weights has 2 entries for 1 edges: give one per edge",
         ),
+        (lambda: Graph.from_edges([0], [1], weights=["a"]), "weights is <U1 [1]: give one number"),
+        (lambda: Graph.from_edges([0], [1], weights=[[1, 2]]), "weights is int64 [1, 2]: give one"),
+        (
+            lambda: Graph.from_edges([0], [1], weights=np.ma.masked_array([1.0], [True])),
+            "An array has masked entries",
+        ),
+        (
+            lambda: Graph.from_edges([0], [1], 3, train=[0, 1, 1]),
+            "train has a 0 or 1 for every vertex: give bools",
+        ),
+        (lambda: Graph.from_edges([0], [1], members=[0, 2**33]), "members has 8,589,934,592"),
+        (
+            lambda: Graph.from_relations({"a": ([0], [1], [2])}),
+            "Relation 'a' has 3 entries: give (source, target), two lists.",
+        ),
         (
             lambda: Graph.from_edges([0], [1], weights=[np.inf], name="g"),
             "g: The weight of edge 0 is inf: use finite weights.",

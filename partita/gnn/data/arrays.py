@@ -55,6 +55,8 @@ class VertexTables(TypedDict, total=False):
 def as_array(values: Any) -> Any:
     """NumPy array of a list, an array or a PyTorch tensor on any device, also a sparse one; None
     stays None."""
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        raise GraphError("An array has masked entries: give it with numbers, array.filled(0).")
     if values is None or isinstance(values, np.ndarray):
         return values
     if hasattr(values, "detach"):
@@ -97,7 +99,12 @@ def as_weights(values: Any, edges: int) -> np.ndarray | None:
     """Weights [edges] in their own number type; GraphError for another number of them."""
     if values is None:
         return None
-    weights = as_array(values).reshape(-1)
+    weights = as_array(values)
+    if weights.dtype.kind not in "fiub" or weights.shape[1:] not in ((), (1,)):
+        raise GraphError(
+            f"weights is {weights.dtype} {list(weights.shape)}: give one number per edge."
+        )
+    weights = weights.reshape(-1)
     if weights.dtype in (np.float16, np.longdouble):  # numba has no such numbers
         weights = weights.astype(np.float32)
     if len(weights) != edges:
@@ -142,7 +149,10 @@ def _as_table(name: str, values: Any, vertices: int) -> np.ndarray:
     if name == "labels":
         return as_labels(as_array(values))
     if name == "members":
-        return as_ids(name, values).astype(np.int32)
+        members = as_ids(name, values)
+        if members.max(initial=0) >= NARROW:
+            raise GraphError(f"members has {members.max():,}: number graphs from 0 without gaps.")
+        return members.astype(np.int32)
     return as_mask(name, as_array(values), vertices)
 
 
@@ -166,6 +176,11 @@ def as_mask(name: str, values: np.ndarray, vertices: int) -> np.ndarray:
         )
     if values.dtype == np.bool_ or _is_byte_mask(values, vertices):
         return values.astype(np.bool_, copy=False)
+    if len(values) == vertices > 2 and values.min() >= 0 and values.max() <= 1:
+        raise GraphError(
+            f"{name} has a 0 or 1 for every vertex: give bools, mask.astype(bool), or the numbers "
+            "of the marked vertices."
+        )
     outside = (values < 0) | (values >= vertices)
     if outside.any():
         vertex = values[np.argmax(outside)]

@@ -147,6 +147,11 @@ class Graph:
                 "from_relations takes the edges of each kind by its name, as {'cites': (source, "
                 "target)}."
             )
+        for name, pair in relations.items():
+            if len(pair) != 2:
+                raise GraphError(
+                    f"Relation {name!r} has {len(pair)} entries: give (source, target), two lists."
+                )
         ends = [
             (as_ids(f"{name} source", source), as_ids(f"{name} target", target))
             for name, (source, target) in relations.items()
