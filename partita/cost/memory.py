@@ -141,7 +141,7 @@ def memory(
     by_operator = np.zeros(len(graph.operators) + 1)
     for _, home, nbytes in allocations.arguments:
         by_operator[home] += nbytes * is_present[home]
-    at_peak = present & (allocations.start <= peak) & (peak <= allocations.stop)
+    at_peak = present & ~is_work_space & (allocations.start <= peak) & (peak <= allocations.stop)
     np.add.at(by_operator, allocations.home[at_peak], allocations.nbytes[at_peak])
     by_kind = {}
     for kind in ("activations", "gradients"):
@@ -751,14 +751,22 @@ class _Allocator:
     def add_ordered_kernels(self) -> None:
         """Adds the copies of variables that convolutions read, and updates after convolutions.
 
-        A device orders its slice of a stored variable before it gathers the whole. An input
-        gradient reads the reversed kernel, for which cuDNN has a call of its own.
+        A device orders its slice of a stored variable before it gathers the whole. A kernel of one
+        position is gathered as it is, because its input gradient reads it so, and copied for its
+        convolution. An input gradient reads the reversed kernel, for which cuDNN has a call of its
+        own.
         """
         for kernel, readers in self._ordered_kernels.items():
             stop = readers[-1]
             if kernel in self._ordered_gradients.values():
                 stop = max(stop, self.lifetimes.dies.get(kernel, -1))
             self._add(kernel, self._bytes(kernel), readers[0], stop)
+        for (i, position), target in self.layout.targets.items():
+            if position == 1 and self.graph.instructions[i].name == "convolution":
+                kernel = self.graph.instructions[i].operands[1]
+                has_one_position = sum(size > 1 for size in self.graph.tensors[kernel].shape) <= 2
+                if kernel in self.arguments and has_one_position:
+                    self._add(kernel, self._bytes(kernel, target), i, i)
 
     @cached_property
     def _ordered_kernels(self) -> dict[int, list[int]]:
@@ -791,7 +799,7 @@ class _Allocator:
         for i in self.program.kernel_gradients:
             gradient = self.graph.instructions[i].results[0]
             for variable in self._updated_from(gradient):
-                readers = readers_of(self.graph)[variable]
+                readers = readers_of(self.graph).get(variable, ())
                 if variable in self._ordered_kernels and not self.layout.targets.keys() & readers:
                     gradients[gradient] = variable
         return gradients
