@@ -11,12 +11,8 @@ second come first (the greedy rule of a knapsack), as few as the peak of a step 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
-
-import numpy as np
 
 from partita.cost.memory import PeakMemory, memory
 from partita.cost.predict import Prediction
@@ -163,24 +159,15 @@ def with_fewest_runs(
     prediction: Prediction,
     runs: Sequence[Run],
     limit_bytes: int,
-    limit_seconds: float = math.inf,
 ) -> Rematerialized:
     """A plan with the fewest of some runs that fit in `limit_bytes`, else with all of them.
-
-    Also with all of them if they add so many seconds per freed byte that the fewest would take
-    `limit_seconds`.
 
     `prediction` is the one of the plan, whose peak is above the limit.
     """
     best = with_runs(graph, machine, plan, runs)
     if best.peak_bytes > limit_bytes:
         return best
-    gains = _gains(graph, machine, plan, prediction, best.plan.recompute)
-    freed_bytes = np.cumsum([gain.freed_bytes for gain in gains])
-    needed = 1 + np.searchsorted(freed_bytes, prediction.peak_bytes - limit_bytes)
-    if prediction.seconds + sum(gain.seconds for gain in gains[:needed]) >= limit_seconds:
-        return best
-    ordered = [gain.run for gain in gains]
+    ordered = _by_gain(graph, machine, plan, prediction, best.plan.recompute)
     largest = len(ordered)
     smallest = 0
     smallest_peak = prediction.peak_bytes
@@ -201,26 +188,18 @@ def with_fewest_runs(
     return best
 
 
-class _Gain(NamedTuple):
-    """What a run adds to a step, and what it frees at the peak."""
-
-    run: Run
-    seconds: float
-    freed_bytes: float
-
-
-def _gains(
+def _by_gain(
     graph: OperatorGraph,
     machine: Machine,
     plan: Plan,
     prediction: Prediction,
     runs: Sequence[Run],
-) -> list[_Gain]:
-    """The runs that free bytes, by the seconds that a byte costs."""
+) -> list[Run]:
+    """The runs by the seconds that a freed byte costs, without those that free none."""
     dropped = predicted(graph, machine, replace(plan, recompute=tuple(runs)))
     numbers = {operator.name: number for number, operator in enumerate(graph.operators)}
     gains = []
-    for first, last in runs:
+    for position, (first, last) in enumerate(runs):
         seconds = 0.0
         freed_bytes = 0.0
         for number in range(numbers[first], numbers[last] + 1):
@@ -229,8 +208,8 @@ def _gains(
             seconds += after.seconds - before.seconds
             freed_bytes += before.nbytes - after.nbytes
         if freed_bytes > 0:
-            gains.append(_Gain((first, last), seconds, freed_bytes))
-    return sorted(gains, key=lambda gain: gain.seconds / gain.freed_bytes)
+            gains.append((seconds / freed_bytes, position))
+    return [runs[position] for _, position in sorted(gains)]
 
 
 def with_runs(

@@ -105,11 +105,14 @@ class _Search:
             starts += [start] if start is not None else []
         for walked in _walked(self.network, space, replace(limits, budget=budget), starts):
             self._consider(self._attempt(space, walked), MIN_GAIN)
+        graph, terms = self.network.graph, self.network.terms
         assert self.best.plan is not None
-        self._drop_runs(self.best.plan.recompute)
+        stored = replace(self.best.plan, recompute=())
+        prediction = predicted(graph, self.network.placement.machine, stored, terms)
+        self._drop_runs(stored, prediction, self.best.plan.recompute)
         if self.best.prediction.seconds > bound_seconds * (1 + SMALL_GAP):
-            for runs in groupings(self.network.graph, self.network.terms):
-                self._drop_runs(runs)
+            for runs in groupings(graph, terms):
+                self._drop_runs(stored, prediction, runs)
 
     def _exact(self) -> tuple[RecomputedProblem, States, float]:
         """The corrected problem, the states of the best plan, and the largest budget that fits."""
@@ -168,13 +171,10 @@ class _Search:
         self.best = replace(self.best, plan=one.plan, prediction=prediction)
         return True
 
-    def _drop_runs(self, runs: Sequence[Run]) -> None:
-        """Considers the best plan's splits with the fewest of some runs that fit."""
-        network, best = self.network, self.best
+    def _drop_runs(self, stored: Plan, prediction: Prediction, runs: Sequence[Run]) -> None:
+        """Considers a plan that exceeds the memory with the fewest of some runs that fit."""
+        network = self.network
         machine = network.placement.machine
-        assert best.plan is not None and best.prediction is not None
-        stored = replace(best.plan, recompute=())
-        prediction = predicted(network.graph, machine, stored, network.terms)
         fewer = with_fewest_runs(network.graph, machine, stored, prediction, runs, self.limit_bytes)
         self._consider(fewer)
 
