@@ -114,11 +114,11 @@ def memory(
     is_present = np.full(len(graph.operators) + 1, operators is None)
     if operators is not None:
         is_present[list(operators)] = True
-    argument_bytes: dict[str, int] = defaultdict(int)
+    by_role: dict[str, int] = defaultdict(int)
     for kind, home, nbytes in allocations.arguments:
         if is_present[home]:
-            argument_bytes[kind] += nbytes
-    constant = sum(argument_bytes.values())
+            by_role[kind] += nbytes
+    constant = sum(by_role.values())
     compiler = compiler_of(backend)
     fused = fused_under(graph, layout, compiler.fusion_rules, mesh)
     limit = compiler.temporary_limit_bytes(device_bytes, constant)
@@ -152,10 +152,10 @@ def memory(
         by_kind[kind] = nbytes
     return PeakMemory(
         constant + int(course[peak]),
-        argument_bytes["parameters"],
-        argument_bytes["optimizer"],
-        argument_bytes["state"],
-        argument_bytes["batch"],
+        by_role["parameters"],
+        by_role["optimizer"],
+        by_role["state"],
+        by_role["batch"],
         by_kind["activations"],
         by_kind["gradients"],
         int(course[peak]) - by_kind["activations"] - by_kind["gradients"],
@@ -163,6 +163,18 @@ def memory(
         constant + course[: count + 1].astype(np.int64),
         by_operator[:-1],
     )
+
+
+def argument_bytes(graph: OperatorGraph, mesh: Mesh, layout: Layout) -> int:
+    """Bytes of a device's shards of variables and batch without padding, at most the peak."""
+    total = 0
+    for argument in graph.arguments:
+        if argument.tensor in layout.host:
+            continue
+        value = graph.tensors[argument.tensor]
+        shape = local_shape(value.shape, layout.shardings[argument.tensor], mesh.sizes)
+        total += math.prod(shape) * ITEMSIZE.get(value.dtype, 4)
+    return total
 
 
 def _work_space(graph: OperatorGraph, allocations: _Allocations, chosen: np.ndarray) -> np.ndarray:

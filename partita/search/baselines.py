@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from partita.cost.memory import memory
+from partita.cost.memory import argument_bytes, memory
 from partita.cost.predict import Prediction
 from partita.plans.layout import layout_of
 from partita.plans.plan import Plan
@@ -96,7 +96,8 @@ class Baselines(Mapping[str, tuple[Plan, Prediction]]):
     ) -> bool:
         """Whether one baseline fits in memory.
 
-        Its peak is not computed if the additive count is `hopeless` times the limit.
+        Its peak is not computed if variables and batch alone are beyond the limit, or the additive
+        count is `hopeless` times the limit.
         """
         states = self.states[name]
         if (
@@ -104,6 +105,11 @@ class Baselines(Mapping[str, tuple[Plan, Prediction]]):
             and self.network.problem.memory_bytes(states) > hopeless * limit_bytes
         ):
             return False
+        if name not in self._peaks:
+            plan = self.plans[name]
+            layout = layout_of(self.network.graph, plan)
+            if argument_bytes(self.network.graph, plan.mesh, layout) > limit_bytes:
+                return False
         return self.peak_bytes(name) <= limit_bytes
 
     def fastest(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from partita.cost.memory import argument_bytes
 from partita.cost.predict import predict
 from partita.errors import MemoryBudgetError
 from partita.graph.check import check as check_graph
@@ -15,8 +16,10 @@ from partita.machine import Machine, host, load
 from partita.plans.adapt import fit_plan
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
+from partita.plans.layout import layout_of
 from partita.plans.plan import Mesh
 from partita.search.alternatives import alternatives
+from partita.search.baselines import Baselines
 from partita.search.candidates import REPLICATE, candidates, names_of
 from partita.search.find import PlanResult, bound_of_all_plans, find, mesh_of
 from partita.search.network import build
@@ -49,6 +52,20 @@ def test_the_found_plan_is_never_worse_than_a_baseline(found: PlanResult) -> Non
     assert set(found.baselines) == set(BASELINES) - {"tensor parallel with sequence"}
     for name, (_, prediction) in found.baselines.items():
         assert found.prediction.seconds <= prediction.seconds * (1 + 1e-12), name
+
+
+def test_a_baseline_whose_variables_exceed_memory_does_not_fit_without_its_peak(
+    found: PlanResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    baselines = found.baselines
+    for plan, prediction in baselines.values():
+        parts = prediction.memory
+        variables = parts.parameters + parts.optimizer + parts.state + parts.batch
+        layout = layout_of(baselines.network.graph, plan)
+        assert argument_bytes(baselines.network.graph, plan.mesh, layout) == variables
+    fresh = Baselines(baselines.network, baselines.plans)
+    monkeypatch.setattr(Baselines, "peak_bytes", None)
+    assert not fresh.fits("data parallel", variables // 8, hopeless=np.inf)
 
 
 def test_the_bound_is_below_every_plan_and_met_by_the_found_one(found: PlanResult) -> None:
