@@ -295,7 +295,7 @@ class Backend:
     overlap: Fraction = 0.0
     """The part of a collective's time that independent compute hides."""
     promotes_16_bit_all_reduce: bool = False
-    """bfloat16 and float16 are summed, and sent, as float32."""
+    """bfloat16 is summed, and sent, as float32; float16 is not."""
     float32_products: str = "float32"
     """The dtype of float32 dots and convolutions, unless the program asks for more precision."""
     dense_grouped_gradients: bool = False

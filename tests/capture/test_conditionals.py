@@ -127,3 +127,18 @@ def test_complex_values_are_padded_and_summed(plan):
     results = partita.parallelize(step, args, devices=2, plan=plan)(*args)
     for result, value in zip(results, expected, strict=True):
         assert jnp.allclose(result, value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sums_in_16_bit_are_emitted_as_planned(dtype):
+    """XLA:CPU sums bfloat16 as float32, and float16 as it is."""
+
+    def step(weights, x):
+        gradient = jax.grad(lambda w: jnp.max(jnp.abs(x @ w)))(weights)
+        return weights - gradient
+
+    args = jnp.ones((32, 16), dtype), jnp.ones((8, 32), dtype)
+    lines: list[str] = []
+    partita.parallelize(step, args, devices=2, plan="dp", say=lines.append)(*args)
+    (traffic,) = re.findall(r"all_reduce: (.+) planned, (.+) emitted", "\n".join(lines))
+    assert traffic[0] == traffic[1], lines

@@ -297,6 +297,6 @@ class Compiler(ABC):
     def sum_itemsize(self, graph: OperatorGraph, tensor: int) -> int:
         """Bytes of an element of a tensor while it is summed over devices."""
         dtype = graph.tensors[tensor].dtype
-        if dtype in ("bfloat16", "float16") and self.backend.promotes_16_bit_all_reduce:
+        if dtype == "bfloat16" and self.backend.promotes_16_bit_all_reduce:
             return 4
         return ITEMSIZE.get(dtype, 4)
