@@ -340,15 +340,20 @@ def difference(left, right, precision: str) -> float:
     """The largest difference of any leaf of this precision, relative as the module's docstring
     says.
 
+    Infinity if one of two different values is not finite.
+
     In float64, leaves that are float32 all the same (Keras keeps metrics so) must agree to float32
     rounding.
     """
     a, b = ([np.asarray(v) for v in jax.tree.leaves(tree)] for tree in (left, right))
-    typical = 1e-3 * max(float(np.abs(v).max()) for v in a if v.dtype.kind == "f" and v.size)
+    typical = 1e-3 * max(_largest(v) for v in a if v.dtype.kind == "f")
     worst = 0.0
     for x, y in zip(a, b, strict=True):
         if x.dtype.kind == "f" and x.size:
-            error = float(np.abs(x - y).max()) / max(float(np.abs(x).max()), typical)
+            apart = (x != y) & ~(np.isnan(x) & np.isnan(y))
+            if not np.isfinite(x[apart] - y[apart]).all():
+                return float("inf")
+            error = _largest(x[apart] - y[apart]) / max(_largest(x), typical)
             if x.dtype == precision:
                 worst = max(worst, error)
             elif error > 1e-5:
@@ -356,6 +361,11 @@ def difference(left, right, precision: str) -> float:
         elif (x != y).any():
             return float("inf")
     return worst
+
+
+def _largest(values: np.ndarray) -> float:
+    """The largest absolute value that is finite; 0 if none is."""
+    return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
 
 
 def plain(graph: OperatorGraph, plan: Plan, generator: random.Random) -> Plan:

@@ -195,3 +195,18 @@ def test_parity_with_pyg_fails_beyond_rounding(
         return
     with pytest.raises(SystemExit, match="Beyond 1e-05 of PyG: GCNConv"):
         main()
+
+
+def test_a_value_that_is_not_a_number_differs_from_a_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    difference = runpy.run_path(str(BENCHMARKS / "equality.py"))["difference"]
+    broken = [np.float32([1, np.nan, np.inf])]
+    assert difference(broken, broken, "float32") == 0
+    for value in ([1, 0, np.inf], [1, np.nan, -np.inf], [1, np.nan, 2]):
+        other = [np.float32(value)]
+        assert difference(broken, other, "float32") == float("inf")
+        assert difference(other, broken, "float32") == float("inf")
+    assert difference([np.float32([1, np.nan])], [np.float32([1.5, np.nan])], "float32") == 0.5
