@@ -276,7 +276,7 @@ def _window_factors(graph: OperatorGraph) -> dict[int, frozenset[int]]:
         is_heavy = number >= 0 and index == graph.operators[number].heavy
         if number < 0 or not (is_heavy or graph.operators[number].kind == "loop"):
             continue
-        windowed = {f for dim, _ in instruction.windows for f in rule.operands[0][dim]}
+        windowed = {factor for factor, _ in instruction.windows}
         label = graph.labels[instruction.results[0]]
         dims = zip(label, rule.results[0], strict=True)
         positions = frozenset(f for f, dim in dims if not windowed.isdisjoint(dim) and f >= 0)

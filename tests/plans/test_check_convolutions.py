@@ -51,6 +51,26 @@ def test_a_convolution_is_split_over_all_axes_where_xla_sums_over_all(
     assert (reason is None) == (not problem) and problem in (reason or "")
 
 
+@pytest.mark.parametrize("layer", [keras.layers.Conv2D, keras.layers.Conv3D])
+def test_patches_are_split_in_space_over_all_axes(layer: type[keras.layers.Layer]) -> None:
+    """Windows as wide as their steps, with weights by position behind them."""
+    dims = layer(1, 1).rank
+    image = keras.Input((4,) * dims + (2,))
+    patches = layer(4, 2, strides=2, name="patches")(image)
+    positions = tuple(range(1, dims + 1))
+    x = keras.layers.LayerNormalization(axis=(*positions, -1))(patches)
+    model = keras.Model(image, x)
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 8).graph
+    number = [operator.name for operator in graph.operators].index("patches")
+    assert illegal_reason(graph, number, {"a": "S"}, MESH) is None
+    for position in positions:
+        name = f"P{position}"
+        assert name in {graph.factors[f].name for f in graph.operators[number].factors}
+        assert "split in space" in (illegal_reason(graph, number, {"a": name}, MESH) or "")
+        assert illegal_reason(graph, number, {"a": "S", "b": name}, MESH) is None
+
+
 @pytest.mark.parametrize(
     ("choice", "problem"),
     [({"a": "S"}, ""), ({"a": "A1"}, "split in space"), ({"a": "S", "b": "A1"}, "")],
