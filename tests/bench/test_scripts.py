@@ -210,3 +210,21 @@ def test_a_value_that_is_not_a_number_differs_from_a_number(
         assert difference(broken, other, "float32") == float("inf")
         assert difference(other, broken, "float32") == float("inf")
     assert difference([np.float32([1, np.nan])], [np.float32([1.5, np.nan])], "float32") == 0.5
+
+
+def test_a_step_that_rounding_decides_is_unstable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    is_unstable = runpy.run_path(str(BENCHMARKS / "equality.py"))["is_unstable"]
+    weights = np.linspace(1, 2, 32, dtype="float32")
+    state = ([weights, np.int32(3)],)
+
+    def gradient_of_maximum(state, recomputed):
+        """The gradient of `max(weights)`, whose location is found by comparison."""
+        found = state[0][0] == recomputed.max()
+        return [found.astype("float32") / np.float32(32), state[0][1]]
+
+    assert is_unstable(gradient_of_maximum, state, weights, "float32")
+    assert not is_unstable(lambda state, batch: [state[0][0] * 3, state[0][1]], state, 0, "float32")
+    broken = [np.float32([1, np.nan])]
+    assert is_unstable(lambda state, batch: broken, state, 0, "float32")
