@@ -136,7 +136,7 @@ def resolve_machine(machine: str | Machine | None, devices: int | None = None) -
         return whole
     part = whole.with_devices(devices)
     kind, _, count = whole.name.rpartition(":")
-    name = f"{whole.name}, {devices} devices"
+    name = f"{whole.name}, 1 device" if devices == 1 else f"{whole.name}, {devices} devices"
     if count.isdecimal() and devices * int(count) % whole.devices == 0:
         name = f"{kind}:{devices * int(count) // whole.devices}"
     return replace(part, name=name)
@@ -364,9 +364,11 @@ def _for_machine(plan: Plan, machine: Machine) -> Plan:
     if plan.machine != machine.name:
         plan = replace(plan, machine=machine.name, predicted={}, notes=(), why={})
     idle = machine.devices - plan.devices
-    counted = f"{plan.devices} of {machine.devices} devices"
-    if idle and not any(f"of {machine.devices} devices" in note for note in plan.notes):
-        plan = replace(plan, notes=(*plan.notes, f"the plan uses {counted}: {idle} are idle"))
+    count = f"of {machine.devices} devices"
+    if idle and not any(count in note for note in plan.notes):
+        are_idle = "1 is idle" if idle == 1 else f"{idle} are idle"
+        note = f"the plan uses {plan.devices} {count}: {are_idle}"
+        plan = replace(plan, notes=(*plan.notes, note))
     return plan
 
 

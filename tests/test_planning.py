@@ -57,6 +57,11 @@ def test_a_number_of_devices_that_is_none_is_refused(devices: Any) -> None:
         make_planner(devices=devices)
 
 
+def test_a_part_of_a_machine_is_named_by_its_devices() -> None:
+    names = [resolve_machine("dgx-h100:1", devices).name for devices in (1, 2, 8)]
+    assert names == ["dgx-h100:1, 1 device", "dgx-h100:1, 2 devices", "dgx-h100:1"]
+
+
 def test_a_number_of_devices_may_be_a_small_integer() -> None:
     count: Any = np.int32(1)
     assert resolve_machine(None, count).device.memories[0].capacity > 2**31

@@ -322,7 +322,10 @@ def _lines(plan: Plan) -> Iterator[str]:
         names = [name for name, _ in group]
         run = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]} ({len(names)})"
         yield f"  {run}: {text}"
-    yield from _storage_lines(plan)
+    for text in storage_texts(plan):
+        yield f"  {text}"
+    if plan.offload:
+        yield f"  {offload_text(plan.offload)}"
     if plan.microbatches > 1:
         yield f"  {plan.microbatches} microbatches, {plan.schedule}"
     if plan.recompute:
@@ -335,15 +338,14 @@ def _lines(plan: Plan) -> Iterator[str]:
         yield f"  note: {note}"
 
 
-def _storage_lines(plan: Plan) -> Iterator[str]:
+def storage_texts(plan: Plan) -> Iterator[str]:
+    """Variables that are stored in parts as text, one line per ZeRO stage and axes."""
     counts: dict[str, int] = {}
     for storage in plan.storage.values():
         text = f"ZeRO-{storage.zero} over {','.join(storage.axes)}"
         counts[text] = counts.get(text, 0) + 1
     for text, count in counts.items():
-        yield f"  {_variables(count)} stored {text}"
-    if plan.offload:
-        yield f"  {offload_text(plan.offload)}"
+        yield f"{_variables(count)} stored {text}"
 
 
 def _variables(count: int) -> str:

@@ -49,8 +49,9 @@ from partita.search.baselines import HOPELESS, Baselines, peak_bytes
 from partita.search.bound import lower_bound_seconds
 from partita.search.elimination import eliminate
 from partita.search.garbage import young_collections_only
+from partita.search.memory_notes import memory_notes
 from partita.search.network import CostNetwork, build
-from partita.search.offload import fewest_offloaded, offload_notes
+from partita.search.offload import fewest_offloaded
 from partita.search.optional import PLACEMENT, STAGES, BestStep, OptionalPart
 from partita.search.pipelines import pipelines
 from partita.search.placement import placements
@@ -68,7 +69,6 @@ from partita.search.reduce import reduce
 from partita.search.relaxation import least_step_seconds
 from partita.search.rematerialization import (
     groupings,
-    rematerialization_notes,
     stored_bytes,
     with_fewest_runs,
 )
@@ -773,8 +773,7 @@ def _noted(request: _Request, result: PlanResult) -> PlanResult:
     """The result with the notes of its plan, and its prediction and bounds in the plan."""
     notes = [*result.plan.notes, *request.graph.notes]
     notes += _speedup(request, result)
-    notes += rematerialization_notes(request.graph, request.machine, result.plan, result.prediction)
-    notes += offload_notes(request.graph, request.machine, result.plan, result.prediction)
+    notes += memory_notes(request.graph, request.machine, result.plan, result.prediction)
     if not is_one_program(result.plan):
         notes.append(IN_PIECES)
     else:

@@ -16,9 +16,8 @@ from partita.cost.predict import Prediction
 from partita.graph.operator_graph import ITEMSIZE, OperatorGraph
 from partita.machine import Machine
 from partita.plans.layout import layout_of, local_shape
-from partita.plans.plan import Plan, offload_text
+from partita.plans.plan import Plan
 from partita.simulation.simulate import predicted
-from partita.units import format_bytes, format_seconds
 
 ATTEMPTS = 4
 """Plans with fewer offloaded slots that are predicted at most."""
@@ -47,21 +46,6 @@ def fewest_offloaded(
             return attempt, attempt_prediction
         room //= 2
     return plan, prediction
-
-
-def offload_notes(
-    graph: OperatorGraph, machine: Machine, plan: Plan, prediction: Prediction
-) -> list[str]:
-    """A note on the bytes that a plan offloads, and the seconds that they add; else none."""
-    if not plan.offload:
-        return []
-    nbytes = sum(_offloaded_bytes(graph, plan).values())
-    stored = predicted(graph, machine, replace(plan, offload=()))
-    added = max(0.0, prediction.seconds - stored.seconds)
-    return [
-        f"{offload_text(plan.offload)} add {format_seconds(added)} to a step of "
-        f"{format_seconds(stored.seconds)} and free {format_bytes(nbytes)} a device"
-    ]
 
 
 def _home(graph: OperatorGraph) -> Mapping[str, int]:

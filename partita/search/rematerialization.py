@@ -22,14 +22,12 @@ from partita.graph.operator_graph import OperatorGraph, producers
 from partita.graph.rematerialize import Run, rematerialized, useful_runs
 from partita.machine import Machine
 from partita.plans.layout import layout_of
-from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Plan
 from partita.search.base import States
 from partita.search.network import CostNetwork
 from partita.search.pipeline_cuts import Cuts
 from partita.search.recomputation import PRODUCTS
 from partita.simulation.simulate import predicted
-from partita.units import format_bytes, format_seconds
 
 PARTS = (1, 2, 4, 8)
 """Numbers of parts between narrow cuts that make a run."""
@@ -230,25 +228,6 @@ def with_runs(
         device_bytes=machine.memory_bytes,
     )
     return Rematerialized(plan, peak)
-
-
-def rematerialization_notes(
-    graph: OperatorGraph, machine: Machine, plan: Plan, prediction: Prediction
-) -> list[str]:
-    """A note on the seconds that a plan's rematerialization adds, and the bytes that it frees; none
-    for other plans and for pipelines.
-    """
-    if not plan.recompute or not is_one_program(plan):
-        return []
-    stored = predicted(graph, machine, replace(plan, recompute=()))
-    added = max(0.0, prediction.seconds - stored.seconds)
-    freed_bytes = max(0, stored.peak_bytes - prediction.peak_bytes)
-    runs = "1 run" if len(plan.recompute) == 1 else f"{len(plan.recompute)} runs"
-    return [
-        f"rematerialization of {runs} of operators adds {format_seconds(added)} to a step of "
-        f"{format_seconds(stored.seconds)} and frees {format_bytes(freed_bytes)} of "
-        f"{format_bytes(stored.peak_bytes)} a device"
-    ]
 
 
 def stored_bytes(network: CostNetwork, states: States) -> float:

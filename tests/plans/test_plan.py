@@ -220,3 +220,6 @@ def test_claims_belong_to_the_machine_that_a_plan_was_made_for() -> None:
     elsewhere = check_plan(plan, graph, load("h100:8"))
     assert elsewhere.notes == ("the plan uses 4 of 8 devices: 4 are idle",)
     assert not elsewhere.predicted and elsewhere.machine == "h100:8"
+    alone = Plan(graph.name, "h100:1", Mesh(()), {name: {} for name in choices})
+    notes = check_plan(alone, graph, load("h100:2")).notes
+    assert notes == ("the plan uses 1 of 2 devices: 1 is idle",)

@@ -19,6 +19,8 @@ from partita.plans.check import check
 from partita.plans.diff import diff
 from partita.plans.plan import Plan
 from partita.search.find import capacity, find, mesh_of
+from partita.search.memory_notes import memory_notes
+from partita.units import format_bytes, format_seconds
 
 LAYERS, WIDTH, BATCH = 4, 256, 16
 MATRIX = 4 * WIDTH * WIDTH
@@ -86,7 +88,24 @@ def test_less_memory_offloads_more_and_is_slower(captured):
     assert counts[0] == 0 < counts[1] <= counts[2] <= LAYERS
     seconds = [result.prediction.seconds for result in results]
     assert seconds == sorted(set(seconds))
-    assert any("in host memory add" in note for note in results[1].plan.notes)
+    assert any("in host memory: adds" in note for note in results[1].plan.notes)
+
+
+def test_notes_compare_a_plan_with_itself_without_each_means(captured):
+    machine = load("h100:4")
+    plan = offloaded(captured.graph, machine, "ZeRO-3")
+    prediction = predict_plan(captured.graph, machine, plan)
+    notes = memory_notes(captured.graph, machine, plan, prediction)
+    plains = [replace(plan, storage={}), replace(plan, offload=())]
+    for note, plain in zip(notes, plains, strict=True):
+        before = predict_plan(captured.graph, machine, plain)
+        freed = before.peak_bytes - prediction.peak_bytes
+        assert freed > 0
+        assert f"a step of {format_seconds(before.seconds)}" in note
+        assert f"frees {format_bytes(freed)} of {format_bytes(before.peak_bytes)} a device" in note
+        change = prediction.seconds - before.seconds
+        assert f"{'adds' if change >= 0 else 'takes'} {format_seconds(abs(change))} " in note
+    assert notes[0].startswith("4 variables stored ZeRO-3 over a,b: ")
 
 
 def test_an_update_reads_its_slots_over_the_link(captured):
