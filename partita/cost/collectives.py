@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from partita.cost.backends import Compiler, compiler_of
 from partita.cost.partial import (
     Factors,
-    operand_labels,
     pending_sums,
     reduced_factors,
 )
@@ -37,6 +36,7 @@ from partita.graph.operator_graph import (
     Tensor,
     Window,
     constant_tensors,
+    operand_labels,
     per_graph,
 )
 from partita.machine import Backend

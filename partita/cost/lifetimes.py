@@ -30,7 +30,6 @@ from partita.cost.joined import MOVING, joined_ends
 from partita.cost.partial import (
     Factors,
     gradients,
-    operand_labels,
     reduced_factors,
     sums_over_devices,
 )
@@ -39,6 +38,7 @@ from partita.graph.operator_graph import (
     IdentityKey,
     OperatorGraph,
     constant_tensors,
+    operand_labels,
     per_graph,
     producers,
 )

@@ -28,6 +28,7 @@ from partita.graph.operator_graph import (
     OperatorGraph,
     Use,
     constant_tensors,
+    operand_labels,
     per_graph,
     producers,
 )
@@ -35,22 +36,6 @@ from partita.plans.layout import Layout
 
 Factors = tuple[int, ...]
 """Factors of the graph, by index."""
-
-
-@per_graph
-def read_labels(graph: OperatorGraph) -> dict[Reader, Label]:
-    """(instruction, operand position) -> label of the read, where it is not the tensor's."""
-    return {read: use.label for use in graph.uses for read in use.instructions}
-
-
-def operand_labels(graph: OperatorGraph, instruction: int) -> list[Label]:
-    """The labels under which an instruction reads its operands."""
-    labels = read_labels(graph)
-    operands = graph.instructions[instruction].operands
-    return [
-        labels.get((instruction, position), graph.labels[tensor])
-        for position, tensor in enumerate(operands)
-    ]
 
 
 def reduced_factors(instruction: Instruction, labels: Sequence[Label]) -> Factors:

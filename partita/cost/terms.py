@@ -37,8 +37,6 @@ from partita.cost.partial import (
     gradients,
     keeps_elements,
     moved_sums,
-    operand_labels,
-    read_labels,
     reduced_factors,
     summed_leaves,
     waiting_sums,
@@ -62,6 +60,8 @@ from partita.graph.operator_graph import (
     Phase,
     Use,
     constant_tensors,
+    operand_labels,
+    read_labels,
 )
 from partita.machine import FULL_FLOAT32, Backend
 from partita.plans.layout import compute_copies, gathering_passes, is_accelerated, update_families

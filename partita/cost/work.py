@@ -13,7 +13,7 @@ from partita.cost.backends import compiler_of
 from partita.cost.collectives import DEFAULT, Collective, Reach, collectives, reaches
 from partita.cost.fusion import fused_under
 from partita.cost.image_pieces import piece_ratios
-from partita.cost.partial import Factors, operand_labels, reduced_factors
+from partita.cost.partial import Factors, reduced_factors
 from partita.graph.flat import dilates_operand, transposes
 from partita.graph.operator_graph import (
     Count,
@@ -22,6 +22,7 @@ from partita.graph.operator_graph import (
     OperatorGraph,
     Window,
     constant_tensors,
+    operand_labels,
     per_graph,
     producers,
 )

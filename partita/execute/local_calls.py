@@ -22,9 +22,8 @@ from jax.extend.mlir import ir
 
 from partita.capture.custom_calls import ATTENTION, Attention, Recurrence, target_of
 from partita.capture.mosaic import with_bounds
-from partita.cost.partial import operand_labels
 from partita.graph.flat import LIBRARY_CALLS
-from partita.graph.operator_graph import DimFactors, OperatorGraph, Rule
+from partita.graph.operator_graph import DimFactors, OperatorGraph, Rule, operand_labels
 from partita.plans.layout import Layout, Sharding
 from partita.plans.plan import Mesh
 

@@ -37,7 +37,6 @@ from partita.capture.instructions import convolution_dims, convolution_window
 from partita.capture.jax_functions import Captured, Text
 from partita.cost.evaluate import Assignment, local_key, roofline_features
 from partita.cost.moves import Placement
-from partita.cost.partial import read_labels
 from partita.cost.terms import cost_terms
 from partita.errors import MachineError
 from partita.execute.calibrate import check_cache, file_of, key_of
@@ -46,7 +45,7 @@ from partita.files import schema
 from partita.files.checksums import checksum, sealed
 from partita.files.reading import FileKind, read_json
 from partita.files.writing import write_text
-from partita.graph.operator_graph import OperatorGraph, constant_tensors
+from partita.graph.operator_graph import OperatorGraph, constant_tensors, read_labels
 from partita.machine import Machine, fitted_times
 from partita.machine.times import OperatorKey
 from partita.plans.layout import label_sharding, operator_assignments

@@ -593,6 +593,22 @@ def producers(graph: OperatorGraph) -> dict[int, int]:
     return producer
 
 
+@per_graph
+def read_labels(graph: OperatorGraph) -> dict[tuple[int, int], Label]:
+    """(instruction, operand position) -> label of the read, where it is not the tensor's."""
+    return {read: use.label for use in graph.uses for read in use.instructions}
+
+
+def operand_labels(graph: OperatorGraph, instruction: int) -> list[Label]:
+    """The labels under which an instruction reads its operands."""
+    labels = read_labels(graph)
+    operands = graph.instructions[instruction].operands
+    return [
+        labels.get((instruction, position), graph.labels[tensor])
+        for position, tensor in enumerate(operands)
+    ]
+
+
 def carried_tensors(loops: Iterable[Loop]) -> set[int]:
     """All tensors of the loops' carried variables."""
     tensors: set[int] = set()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from partita.errors import PlanError
 from partita.files.schema import SHOWN_NAME, shown
-from partita.graph.operator_graph import Argument, OperatorGraph, per_graph
+from partita.graph.operator_graph import Argument, OperatorGraph, operand_labels, per_graph
 from partita.graph.rematerialize import copies_of
 from partita.plans.pipeline import check_stages, is_pipeline, loop_hint, stage_axes
 from partita.plans.plan import Mesh, Plan, Storage, placed_slice
@@ -230,9 +230,10 @@ def illegal_reason(
     those that share the sum (observed with jax 0.10.2 on CPU: the gradient is too large by the
     number of remaining devices). This affects convolutions split in space, those of loops too, and
     grouped convolutions.
-    The gradient is correct when every device takes part. Some splits of a grouped convolution by
-    its channels also give wrong results or abort the process. Only axes of devices count, because
-    microbatches split samples over time.
+    The gradient is correct when every device takes part. The gradient of an image that is smaller
+    than the window is wrong under more splits, so such dims are not split. Some splits of a grouped
+    convolution by its channels also give wrong results or abort the process. Only axes of devices
+    count, because microbatches split samples over time.
     """
     device_axes = [axis.name for axis in mesh.axes if axis.level >= 0]
     windowed = _window_factors(graph).get(operator, frozenset())
@@ -244,6 +245,8 @@ def illegal_reason(
     names = set(choice.values())
     split = {f for f in indices if graph.factors[f].name in names}
     samples = {f for f in split if graph.factors[f].kind == "S"}
+    if split & _covered_factors(graph).get(operator, frozenset()):
+        return "a convolution cannot split a dim that is shorter than its window"
     space = split & windowed
     if is_convolution:
         space |= {f for f in split if graph.factors[f].kind == "A"}
@@ -281,6 +284,25 @@ def _window_factors(graph: OperatorGraph) -> dict[int, frozenset[int]]:
         dims = zip(label, rule.results[0], strict=True)
         positions = frozenset(f for f, dim in dims if not windowed.isdisjoint(dim) and f >= 0)
         factors[number] = factors.get(number, frozenset()) | positions
+    return factors
+
+
+@per_graph
+def _covered_factors(graph: OperatorGraph) -> dict[int, frozenset[int]]:
+    """Operator -> the factors of image dims shorter than their window (2 pixels, a kernel of 3)."""
+    factors: dict[int, frozenset[int]] = {}
+    for index, instruction in enumerate(graph.instructions):
+        number = graph.owner[index]
+        rule = instruction.rule
+        if instruction.name != "convolution" or rule is None or number < 0:
+            continue
+        windows = dict(instruction.windows)
+        covered = {f for f, window in windows.items() if window.count > window.size}
+        label = operand_labels(graph, index)[0]
+        dims = zip(label, rule.operands[0], strict=True)
+        summed = covered.intersection(rule.reduction)
+        found = frozenset(f for f, dim in dims if not summed.isdisjoint(dim) and f >= 0)
+        factors[number] = factors.get(number, frozenset()) | found
     return factors
 
 

@@ -51,6 +51,21 @@ def test_a_convolution_is_split_over_all_axes_where_xla_sums_over_all(
     assert (reason is None) == (not problem) and problem in (reason or "")
 
 
+@pytest.mark.parametrize("choice", [{"a": "R1"}, {"a": "S", "b": "R1"}, {"a": "R1", "b": "P"}])
+def test_a_dim_shorter_than_its_window_is_not_split(choice: dict[str, str]) -> None:
+    """XLA sums the gradient of such an image over devices that do not share the sum."""
+    inputs = keras.Input((2, 2, 8))
+    image = keras.layers.Conv2D(8, 1)(inputs)
+    conv = keras.layers.Conv2D(8, 3, padding="same", activation="silu", name="small")(image)
+    x = keras.layers.Flatten()(keras.layers.Add()([image, conv]))
+    model = keras.Model(inputs, keras.layers.Dense(4)(x))
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 16).graph
+    number = [operator.name for operator in graph.operators].index("small")
+    assert "shorter than its window" in (illegal_reason(graph, number, choice, MESH) or "")
+    assert illegal_reason(graph, number, {"a": "S", "b": "R3"}, MESH) is None
+
+
 @pytest.mark.parametrize("layer", [keras.layers.Conv2D, keras.layers.Conv3D])
 def test_patches_are_split_in_space_over_all_axes(layer: type[keras.layers.Layer]) -> None:
     """Windows as wide as their steps, with weights by position behind them."""
