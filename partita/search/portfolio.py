@@ -21,7 +21,7 @@ from functools import cached_property
 import numpy as np
 
 from partita.search.base import Problem, Report, SearchResult, States
-from partita.search.descent import descend
+from partita.search.descent import cross, descend
 from partita.search.elimination import eliminate
 from partita.search.exhaustive import prove
 from partita.search.mcmc import chain_length, run_chains
@@ -34,7 +34,8 @@ PROPOSALS = 1 << 27
 """Proposals of chains times tasks of the step, unless seconds are given: a second or two."""
 MIN_PROPOSALS = 20_000
 DESCENT = 1 << 25
-"""Steps that a descent simulates times tasks of the step, at most: about half a second."""
+"""Steps that a descent or the crossovers simulate times tasks of the step, at most: about half a
+second."""
 MIN_GAIN = 0.01
 """Least relative gain of a plan over the exact one, which is the more regular plan.
 
@@ -209,7 +210,7 @@ def _proposals(problem: Simulated) -> int:
 
 
 def _descended(space: SearchSpace, limits: Limits, starts: Sequence[Sequence[int]]) -> States:
-    """The states below the best of some starts, and of the one between the two additive problems.
+    """The states below the best crossover of some starts and the one between the additive problems.
 
     In a step some moves delay kernels for all of their time and others for a part of it.
     """
@@ -218,7 +219,8 @@ def _descended(space: SearchSpace, limits: Limits, starts: Sequence[Sequence[int
     states = between.lift(eliminate(between.problem, limits.budget).states)
     fitting = [s for s in (states, *starts) if problem.memory_bytes(s) <= limits.budget]
     best = min(fitting, key=problem.seconds)
-    return descended(problem, best, limits.budget)
+    steps = DESCENT // max(1, problem.tasks.count)
+    return descended(problem, cross(problem, best, fitting, limits.budget, steps), limits.budget)
 
 
 def descended(problem: Simulated, start: Sequence[int], budget: float) -> States:

@@ -9,7 +9,7 @@ import pytest
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.search import portfolio as portfolio_module
-from partita.search.descent import descend
+from partita.search.descent import cross, descend
 from partita.search.find import mesh_of
 from partita.search.network import build
 from partita.search.portfolio import Limits, SearchSpace, portfolio
@@ -43,6 +43,23 @@ def test_no_state_of_all_equal_operators_is_faster_within_the_budget(name: str) 
             changed[operators] = state
             is_faster = problem.seconds(changed) < seconds * (1 - 1e-6)
             assert not is_faster or problem.memory_bytes(changed) > budget
+
+
+@pytest.mark.parametrize("steps", [1 << 20, 12])
+def test_a_crossover_puts_the_halves_of_two_plans_together(steps: int) -> None:
+    network = space("transformer")
+    problem = network.simulated
+    exact, _ = network.exact(Limits())
+    best = np.array(exact.states)
+    half = len(best) // 2
+    whole = np.zeros_like(best)
+    start = np.concatenate([best[:half], whole[half:]])
+    other = np.concatenate([whole[:half], best[half:]])
+    states = cross(problem, start, [other], np.inf, steps)
+    assert problem.seconds(states) < min(problem.seconds(start), problem.seconds(other))
+    if steps > 12:
+        assert problem.seconds(states) <= exact.seconds * (1 + 1e-9)
+    assert cross(problem, start, [other], 0.0, steps) == tuple(start.tolist())
 
 
 def test_no_steps_change_nothing() -> None:
