@@ -294,7 +294,8 @@ def _covered_factors(graph: OperatorGraph) -> dict[int, frozenset[int]]:
     for index, instruction in enumerate(graph.instructions):
         number = graph.owner[index]
         rule = instruction.rule
-        if instruction.name != "convolution" or rule is None or number < 0:
+        is_forward = instruction.name == "convolution" and instruction.phase == "forward"
+        if not is_forward or rule is None or number < 0:
             continue
         windows = dict(instruction.windows)
         covered = {f for f, window in windows.items() if window.count > window.size}
