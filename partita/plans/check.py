@@ -297,8 +297,7 @@ def _covered_factors(graph: OperatorGraph) -> dict[int, frozenset[int]]:
         is_forward = instruction.name == "convolution" and instruction.phase == "forward"
         if not is_forward or rule is None or number < 0:
             continue
-        windows = dict(instruction.windows)
-        covered = {f for f, window in windows.items() if window.count > window.size}
+        covered = {f for f, window in instruction.windows if window.count > window.size}
         label = operand_labels(graph, index)[0]
         dims = zip(label, rule.operands[0], strict=True)
         summed = covered.intersection(rule.reduction)

@@ -219,13 +219,18 @@ def _descended(space: SearchSpace, limits: Limits, starts: Sequence[Sequence[int
     states = between.lift(eliminate(between.problem, limits.budget).states)
     fitting = [s for s in (states, *starts) if problem.memory_bytes(s) <= limits.budget]
     best = min(fitting, key=problem.seconds)
-    steps = DESCENT // max(1, problem.tasks.count)
-    return descended(problem, cross(problem, best, fitting, limits.budget, steps), limits.budget)
+    crossed = cross(problem, best, fitting, limits.budget, _simulations(problem))
+    return descended(problem, crossed, limits.budget)
 
 
 def descended(problem: Simulated, start: Sequence[int], budget: float) -> States:
     """The states of a descent of about half a second."""
-    return descend(problem, start, budget, DESCENT // max(1, problem.tasks.count))
+    return descend(problem, start, budget, _simulations(problem))
+
+
+def _simulations(problem: Simulated) -> int:
+    """Steps that a descent or the crossovers simulate, at most."""
+    return DESCENT // max(1, problem.tasks.count)
 
 
 def _proved(
