@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,6 +68,23 @@ HOOK_IGNORED = (
 @functools.cache
 def environment() -> Environment:
     """torchax's environment, in which modules are traced, with its gaps closed."""
+    # Otherwise PyTorch pins the memory of batches and places modules on an accelerator that it
+    # cannot use: DataLoader(pin_memory=True), DataParallel and torch.compile would fail.
+    torch.jax.is_available = lambda: False
+    completed: Any = _environment_class()()
+    power = completed._ops[torch.ops.aten.pow].func
+    derivatives = DERIVATIVES | {"pow": lambda x, y: power(power_base(x, y), y)}
+    for operation, function in (*_replacements(), *_with_derivatives(derivatives)):
+        completed.override_op_definition(operation, function)
+    for operation in (torch.ops.aten.cummax, torch.ops.aten.cummin):
+        run = completed._ops[operation].func
+        completed.override_op_definition(operation, functools.partial(_running_extreme, run))
+    return completed
+
+
+def _environment_class() -> type:
+    """torchax's class of environments, whose gaps are closed: made here, so that this module can be
+    imported without torchax."""
 
     class Completed(torchax.Environment):
         """An environment that differs from PyTorch nowhere in silence, as far as is known."""
@@ -105,12 +123,6 @@ def environment() -> Environment:
                 # `dispatch` gives its values to the target.
                 return super()._get_op_or_decomp(out_of_place)
 
-        def _with_stand_ins(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-            leaves = torch_tree.tree_leaves((args, kwargs))
-            if not any(id(leaf) in self.stand_ins for leaf in leaves):
-                return args, kwargs
-            return torch_tree.tree_map(lambda x: self.stand_ins.get(id(x), x), (args, kwargs))
-
         def _to_copy(self, the_tensor: Any, new_dtype: Any, new_device: Any) -> Any:
             # A step runs on the devices of its plan: moves to others have no effect.
             device = None if is_traced(the_tensor) else new_device
@@ -118,61 +130,88 @@ def environment() -> Environment:
 
         def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
             name = _name_of(func)
-            args, kwargs = _on_jax(name, *self._with_stand_ins(args, kwargs or {}))
-            if func == torch.Tensor.__getitem__:
-                args = (args[0], _index(args[1]))
-            is_in_place = name.endswith("_") and not name.startswith("__")
-            if torch.is_grad_enabled() and not is_in_place:
-                args, kwargs = torch_tree.tree_map_only(torchax.View, _stopped, (args, kwargs))
-            if func == torch.Tensor.requires_grad.__get__ and is_traced(args[0]):
-                return _requires_gradient(args[0])
-            if func == torch.Tensor.data.__get__ and is_traced(args[0]):
-                return args[0].data
-            is_switch = name == "requires_grad_" or func == torch.Tensor.requires_grad.__set__
-            if is_switch and is_traced(args[0]):
-                return _switch_gradient(*args, **kwargs)
-            leaves = torch_tree.tree_leaves((args, kwargs))
-            traced = [leaf for leaf in leaves if is_traced(leaf)]
-            tensors = [_owner(leaf) for leaf in traced]
-            before = [tensor.jax() for tensor in tensors]
-            target = args[0] if is_in_place and args else kwargs.get("out")
-            for leaf in traced:
-                _check_current(leaf)
+            args, kwargs = _with_stand_ins(self.stand_ins, args, kwargs or {})
+            args, kwargs = _prepared(func, name, *_on_jax(name, args, kwargs))
+            answer = _answer(func, name)
+            if answer is not None and is_traced(args[0]):
+                return answer(*args, **kwargs)
+            call = _Call(name, args, kwargs)
             try:
                 result = super().dispatch(func, types, *_in_order(name, args, kwargs))
             except torchax.OperatorNotFound:
-                if traced or not isinstance(func, torch._ops.OpOverload):
+                if call.traced or not isinstance(func, torch._ops.OpOverload):
                     raise
-                # a window, or a question about dtypes: it depends on no tensor of the step
-                if any(argument.name == "device" for argument in func._schema.arguments):
-                    kwargs = {**kwargs, "device": "cpu"}
-                result = self.to_xla(func(*args, **kwargs))
-            if is_traced(target) and name not in _SETTERS:
-                result = _written(
-                    name, target, result, before[[id(x) for x in traced].index(id(target))]
-                )
-            for tensor, old in zip(tensors, before, strict=True):
-                if tensor.jax() is not old:
-                    _note_change(tensor)
-            _mark_views(name, args, result)
-            if not torch.is_grad_enabled():
-                return _without_gradients(result, traced, tensors, before)
-            if any(map(_requires_gradient, leaves)) and not _is_new(name):
-                torch_tree.tree_map_only(torch.Tensor, require_gradients, result)
-            return result
+                result = self.to_xla(_run_by_torch(func, args, kwargs))
+            return call.noted(result)
 
-    # Otherwise PyTorch pins the memory of batches and places modules on an accelerator that it
-    # cannot use: DataLoader(pin_memory=True), DataParallel and torch.compile would fail.
-    torch.jax.is_available = lambda: False
-    completed = Completed()
-    power = completed._ops[torch.ops.aten.pow].func
-    derivatives = DERIVATIVES | {"pow": lambda x, y: power(power_base(x, y), y)}
-    for operation, function in (*_replacements(), *_with_derivatives(derivatives)):
-        completed.override_op_definition(operation, function)
-    for operation in (torch.ops.aten.cummax, torch.ops.aten.cummin):
-        run = completed._ops[operation].func
-        completed.override_op_definition(operation, functools.partial(_running_extreme, run))
-    return completed
+    return Completed
+
+
+def _with_stand_ins(stand_ins: Mapping[int, Tensor], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments with tensors of the step in the place of a module's own."""
+    leaves = torch_tree.tree_leaves((args, kwargs))
+    if not any(id(leaf) in stand_ins for leaf in leaves):
+        return args, kwargs
+    return torch_tree.tree_map(lambda x: stand_ins.get(id(x), x), (args, kwargs))
+
+
+def _prepared(func: Any, name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments with an index as torchax takes it, and with views as their gradients are."""
+    if func == torch.Tensor.__getitem__:
+        args = (args[0], _index(args[1]))
+    if torch.is_grad_enabled() and not _is_in_place(name):
+        return torch_tree.tree_map_only(torchax.View, _stopped, (args, kwargs))
+    return args, kwargs
+
+
+def _answer(func: Any, name: str) -> Callable[..., Any] | None:
+    """The function that answers for a tensor of the step, where torchax is not asked."""
+    if func == torch.Tensor.requires_grad.__get__:
+        return _requires_gradient
+    if func == torch.Tensor.data.__get__:
+        return operator.attrgetter("data")
+    if name == "requires_grad_" or func == torch.Tensor.requires_grad.__set__:
+        return _switch_gradient
+    return None
+
+
+def _run_by_torch(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of PyTorch's own operation, which depends on no tensor of the step: a window, or a
+    question about dtypes."""
+    if any(argument.name == "device" for argument in func._schema.arguments):
+        kwargs = {**kwargs, "device": "cpu"}
+    return func(*args, **kwargs)
+
+
+class _Call:
+    """A call of an operation, with the arrays of its tensors before it."""
+
+    def __init__(self, name: str, args: Any, kwargs: Any) -> None:
+        """CaptureError for an argument that was changed through another tensor."""
+        self.name = name
+        self.args = args
+        self.leaves = torch_tree.tree_leaves((args, kwargs))
+        self.traced = [leaf for leaf in self.leaves if is_traced(leaf)]
+        self.tensors = [_owner(leaf) for leaf in self.traced]
+        self.before = [tensor.jax() for tensor in self.tensors]
+        self.target = args[0] if _is_in_place(name) and args else kwargs.get("out")
+        for leaf in self.traced:
+            _check_current(leaf)
+
+    def noted(self, result: Any) -> Any:
+        """The result as PyTorch gives it: changes in place, views and gradients are noted."""
+        if is_traced(self.target) and self.name not in _SETTERS:
+            position = [id(leaf) for leaf in self.traced].index(id(self.target))
+            result = _written(self.name, self.target, result, self.before[position])
+        for tensor, old in zip(self.tensors, self.before, strict=True):
+            if tensor.jax() is not old:
+                _note_change(tensor)
+        _mark_views(self.name, self.args, result)
+        if not torch.is_grad_enabled():
+            return _without_gradients(result, self.traced, self.tensors, self.before)
+        if any(map(_requires_gradient, self.leaves)) and not _is_new(self.name):
+            torch_tree.tree_map_only(torch.Tensor, require_gradients, result)
+        return result
 
 
 def _replacements() -> Iterator[tuple[Any, Callable[..., Any]]]:
@@ -303,6 +342,11 @@ def _out_of_place(func: Any) -> Any:
     name = _name_of(func)
     is_in_place = isinstance(func, torch._ops.OpOverload) and name.endswith("_")
     return getattr(torch.ops.aten, name[:-1], None) if is_in_place else None
+
+
+def _is_in_place(name: str) -> bool:
+    """Whether an operation of this name writes into its first argument, as exp_."""
+    return name.endswith("_") and not name.startswith("__")
 
 
 def is_traced(value: Any) -> bool:
@@ -1388,100 +1432,17 @@ def _checkpointed(run: Any, *args: Any) -> Any:
 
 _DERIVATIVES = ("jacobian", "hessian", "vjp", "jvp", "vhp", "hvp")
 """Functions of torch.autograd.functional, which are zero without PyTorch's own gradients."""
+_SIDES = ("input", "output")
+"""Of a module, for which PyTorch sets up hooks on the backward pass."""
 
 
 @contextmanager
 def _refused_extensions() -> Iterator[None]:
     """Inside, custom backward functions, gradients by PyTorch, `tensor.data` and items set in views
     raise a CaptureError."""
-
-    def apply(function: type, *args: Any, **kwargs: Any) -> Any:
-        if function.__module__ == "torch.utils.checkpoint":
-            return _checkpointed(*args)
-        raise CaptureError(
-            f"The custom backward of {function.__name__} (torch.autograd.Function) cannot be used "
-            "in JAX. Write its forward pass with PyTorch's operations, which are differentiated."
-        )
-
-    def differentiate(*args: Any, **kwargs: Any) -> Any:
-        raise CaptureError(
-            "The step computes gradients itself (backward, torch.autograd.grad or functional), "
-            "which has no counterpart in JAX. Return the loss alone, or write the derivative as a "
-            "formula."
-        )
-
-    def ignore(hook: Any, values: Any) -> Any:
-        return values
-
-    def read_data(tensor: Any) -> Any:
-        raise CaptureError(
-            "tensor.data inside a forward pass has no counterpart in JAX. Write tensor.detach()."
-        )
-
-    normalization: Any = torch_norms._BatchNorm
-    forward = normalization.forward
-
-    def normalize(module: Any, input: Any) -> Any:
-        return _normalized(forward, module, input)
-
-    reads = environment().read_attributes
-    reads.clear()
+    environment().read_attributes.clear()
     environment().outer.clear()
-
-    def read_attribute(module: Any, name: str) -> Any:
-        try:
-            value = object.__getattribute__(module, name)
-        except AttributeError:
-            reads.add((id(module), name))
-            raise
-        is_outer = value is None or isinstance(value, torch.Tensor) and not is_traced(value)
-        if is_outer and name in object.__getattribute__(module, "__dict__"):
-            reads.add((id(module), name))
-        return value
-
-    functional = torch.nn.functional
-    hand_over = functional.handle_torch_function
-
-    def hand_over_all(function: Any, relevant: Any, *args: Any, **kwargs: Any) -> Any:
-        if function is functional.l1_loss and relevant[2] is not None:
-            # PyTorch 2.10 leaves it out
-            kwargs["weight"] = relevant[2]
-        return hand_over(function, relevant, *args, **kwargs)
-
-    set_item = torchax.Tensor.__setitem__
-
-    def set_checked(tensor: Any, key: Any, value: Any) -> None:
-        _check_current(tensor)
-        if isinstance(value, torch.Tensor) and not is_traced(value):
-            value = environment().to_xla(value)
-        before = tensor.jax()
-        set_item(tensor, _index(key), value)
-        _note_change(tensor)
-        if not torch.is_grad_enabled():
-            tensor._elem = _with_gradient_of(tensor.jax(), before)
-
-    replaced: Sequence[tuple[Any, str, Any]] = (
-        (normalization, "forward", normalize),
-        (torch.nn.Module, "__getattribute__", read_attribute),
-        (functional, "handle_torch_function", hand_over_all),
-        (torchax.Tensor, "__setitem__", set_checked),
-        (torchax.Tensor, "flatten", torch.Tensor.flatten),
-        (torchax.Tensor, "detach", torch.Tensor.detach),
-        # torchax's own operations read it of a view, too, and set it
-        (torchax.View, "_elem", property(torchax.View.jax, torchax.View.update)),
-        # torchax's own converts the tensor itself
-        (torchax.Tensor, "type_as", lambda tensor, other: tensor.to(other.dtype)),
-        (torch.Tensor, "backward", differentiate),
-        (torch.autograd, "backward", differentiate),
-        (torch.autograd, "grad", differentiate),
-        *((torch.autograd.functional, name, differentiate) for name in _DERIVATIVES),
-        (torch.autograd.Function, "apply", classmethod(apply)),
-        *((torch_hooks.BackwardHook, f"setup_{side}_hook", ignore) for side in ("input", "output")),
-        (torchax.Tensor, "data", property(read_data)),
-        # a check of values, which raises in Python
-        (torch.distributions.Distribution, "_validate_args", False),
-        (torch.nn.init, "_no_grad_trunc_normal_", functools.partial(_filled, noise.truncated)),
-    )
+    replaced = _replaced_attributes()
     originals = [vars(owner).get(name) for owner, name, _ in replaced]
     for owner, name, value in replaced:
         setattr(owner, name, value)
@@ -1493,3 +1454,104 @@ def _refused_extensions() -> Iterator[None]:
                 delattr(owner, name)
             else:
                 setattr(owner, name, original)
+
+
+def _replaced_attributes() -> Sequence[tuple[Any, str, Any]]:
+    """(owner, name, other value) of attributes of PyTorch and torchax while a step is traced."""
+    normalization: Any = torch_norms._BatchNorm
+    functional = torch.nn.functional
+    return (
+        (normalization, "forward", _before(normalization.forward, _normalized)),
+        (torch.nn.Module, "__getattribute__", _read_attribute),
+        (
+            functional,
+            "handle_torch_function",
+            _before(functional.handle_torch_function, _hand_over_all),
+        ),
+        (torchax.Tensor, "__setitem__", _before(torchax.Tensor.__setitem__, _set_item)),
+        (torchax.Tensor, "flatten", torch.Tensor.flatten),
+        (torchax.Tensor, "detach", torch.Tensor.detach),
+        # torchax's own operations read it of a view, too, and set it
+        (torchax.View, "_elem", property(torchax.View.jax, torchax.View.update)),
+        # torchax's own converts the tensor itself
+        (torchax.Tensor, "type_as", lambda tensor, other: tensor.to(other.dtype)),
+        (torch.Tensor, "backward", _refuse_gradients),
+        (torch.autograd, "backward", _refuse_gradients),
+        (torch.autograd, "grad", _refuse_gradients),
+        *((torch.autograd.functional, name, _refuse_gradients) for name in _DERIVATIVES),
+        (torch.autograd.Function, "apply", classmethod(_refuse_function)),
+        *((torch_hooks.BackwardHook, f"setup_{side}_hook", _unhooked) for side in _SIDES),
+        (torchax.Tensor, "data", property(_read_data)),
+        # a check of values, which raises in Python
+        (torch.distributions.Distribution, "_validate_args", False),
+        (torch.nn.init, "_no_grad_trunc_normal_", functools.partial(_filled, noise.truncated)),
+    )
+
+
+def _before(original: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function or method that calls `function` with the `original` that it replaces."""
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return function(original, *args, **kwargs)
+
+    return replacement
+
+
+def _refuse_function(function: type, *args: Any, **kwargs: Any) -> Any:
+    if function.__module__ == "torch.utils.checkpoint":
+        return _checkpointed(*args)
+    raise CaptureError(
+        f"The custom backward of {function.__name__} (torch.autograd.Function) cannot be used "
+        "in JAX. Write its forward pass with PyTorch's operations, which are differentiated."
+    )
+
+
+def _refuse_gradients(*args: Any, **kwargs: Any) -> Any:
+    raise CaptureError(
+        "The step computes gradients itself (backward, torch.autograd.grad or functional), "
+        "which has no counterpart in JAX. Return the loss alone, or write the derivative as a "
+        "formula."
+    )
+
+
+def _unhooked(hook: Any, values: Any) -> Any:
+    """The values that a hook on the backward pass would be set up for."""
+    return values
+
+
+def _read_data(tensor: Any) -> Any:
+    raise CaptureError(
+        "tensor.data inside a forward pass has no counterpart in JAX. Write tensor.detach()."
+    )
+
+
+def _read_attribute(module: Any, name: str) -> Any:
+    """An attribute of a module; one without a value of the step is noted."""
+    try:
+        value = object.__getattribute__(module, name)
+    except AttributeError:
+        environment().read_attributes.add((id(module), name))
+        raise
+    is_outer = value is None or isinstance(value, torch.Tensor) and not is_traced(value)
+    if is_outer and name in object.__getattribute__(module, "__dict__"):
+        environment().read_attributes.add((id(module), name))
+    return value
+
+
+def _hand_over_all(run: Any, function: Any, relevant: Any, *args: Any, **kwargs: Any) -> Any:
+    """`handle_torch_function` with the weight of `l1_loss`, which PyTorch 2.10 leaves out."""
+    if function is torch.nn.functional.l1_loss and relevant[2] is not None:
+        kwargs["weight"] = relevant[2]
+    return run(function, relevant, *args, **kwargs)
+
+
+def _set_item(run: Any, tensor: Any, key: Any, value: Any) -> None:
+    """`tensor[key] = value`, with the change noted."""
+    _check_current(tensor)
+    if isinstance(value, torch.Tensor) and not is_traced(value):
+        value = environment().to_xla(value)
+    before = tensor.jax()
+    run(tensor, _index(key), value)
+    _note_change(tensor)
+    if not torch.is_grad_enabled():
+        tensor._elem = _with_gradient_of(tensor.jax(), before)
