@@ -98,27 +98,30 @@ def compile_programs(requests: Sequence[CompileRequest]) -> list[CompiledProgram
     environment = compiler.environment(target)
     version = compiler.version()
     flags = json.dumps([environment, dict(compiler.dump_options)], sort_keys=True)
+    results: dict[int, _Result] = {}
     with tempfile.TemporaryDirectory(prefix="partita-") as name:
-        folders = []
-        stored: dict[Path, Path] = {}
-        """Folder of a new result -> its folder in the cache."""
+        new: dict[int, tuple[Path, Path]] = {}
+        """Number of a request -> the folder of its result, and that in the cache."""
         for number, request in enumerate(requests):
-            folder = cache_folder() / "compiled" / request.digest(version, flags)
-            if not _is_whole(folder):
-                work = Path(name) / str(number)
-                work.mkdir()
-                request.write(work)
-                stored[work] = folder
-                folder = work
-            folders.append(folder)
-        if stored:
-            _run_child(list(stored), compiler, environment, Path(name) / "log")
-        for work, cached in stored.items():
+            cached = cache_folder() / "compiled" / request.digest(version, flags)
+            result = _whole_result(cached)
+            if result is not None:
+                results[number] = result
+                continue
+            work = Path(name) / str(number)
+            work.mkdir()
+            request.write(work)
+            new[number] = work, cached
+        if new:
+            folders = [work for work, _ in new.values()]
+            _run_child(folders, compiler, environment, Path(name) / "log")
+        for number, (work, cached) in new.items():
+            results[number] = _result(work)
             (work / PROGRAM_FILE).unlink()
             # A cache that cannot be written costs time, not the result.
             with contextlib.suppress(OSError):
                 _store(work, cached)
-        return [_read(folder, compiler, version) for folder in folders]
+    return [_program(results[n], compiler, version) for n in range(len(requests))]
 
 
 class _DamagedError(CompilerError):
@@ -143,8 +146,12 @@ def _result_schema(value: Any) -> Any:
     return schema(value)
 
 
-def _result(folder: Path) -> tuple[dict[str, Any], bytes]:
-    """The result in a folder, and the packed text of the program; _DamagedError for another one."""
+_Result = tuple[dict[str, Any], bytes]
+"""The result of a compilation, and the packed text of the program."""
+
+
+def _result(folder: Path) -> _Result:
+    """The result in a folder; _DamagedError for one that cannot be read."""
     result = read_json(folder / RESULT_FILE, COMPILED_FILE, sealed(_result_schema, required=True))
     if "error" in result:
         return result, b""
@@ -154,18 +161,17 @@ def _result(folder: Path) -> tuple[dict[str, Any], bytes]:
     return result, content
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a folder has a result that can be read; a damaged one is compiled again."""
+def _whole_result(folder: Path) -> _Result | None:
+    """The result in a folder, None for a damaged one, which is compiled again."""
     try:
-        _result(folder)
+        return _result(folder)
     except _DamagedError:
-        return False
-    return True
+        return None
 
 
-def _read(folder: Path, compiler: ProgramCompiler, version: str) -> CompiledProgram:
-    """The program in a folder. CompilerError if the compiler refused it."""
-    result, content = _result(folder)
+def _program(compiled: _Result, compiler: ProgramCompiler, version: str) -> CompiledProgram:
+    """The program of a result. CompilerError if the compiler refused it."""
+    result, content = compiled
     if "error" in result:
         raise _refusal(compiler, result["error"])
     memory = ProgramMemory(**result["memory"])
@@ -181,7 +187,7 @@ def _store(work: Path, cached: Path) -> None:
     beside = Path(tempfile.mkdtemp(dir=cached.parent, prefix="new-"))
     try:
         shutil.copytree(work, beside, dirs_exist_ok=True)
-        if not _is_whole(cached):
+        if _whole_result(cached) is None:
             shutil.rmtree(cached, ignore_errors=True)
         os.replace(beside, cached)
     except OSError:

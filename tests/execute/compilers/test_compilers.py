@@ -102,8 +102,17 @@ def test_a_plan_compiles_for_a_cpu_and_stays_in_the_cache(cache, monkeypatch):
     def no_child(*arguments):
         raise AssertionError("it was compiled before")
 
+    read_bytes = run.read_bytes
+    files = []
+
+    def noted(path, *arguments):
+        files.append(path.name)
+        return read_bytes(path, *arguments)
+
     monkeypatch.setattr(run, "_run_child", no_child)
+    monkeypatch.setattr(run, "read_bytes", noted)
     assert partita.compile_for(plan, step, machine=machine) == compiled
+    assert files == ["program.hlo.gz"]  # once
 
 
 def test_a_damaged_program_in_the_cache_is_compiled_again(cache, monkeypatch):
