@@ -25,10 +25,12 @@ from partita.plans.adapt import (
     fit_mesh,
     fit_plan,
     microbatches_note,
+    with_claims_for,
     with_normalizations,
 )
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
+from partita.plans.notes import with_use_notes
 from partita.plans.pipeline import is_one_program, is_pipeline, stage_count
 from partita.plans.plan import Plan, choice_text, numbered_path, offload_text, placed_slice
 from partita.search.alternatives import alternatives
@@ -351,23 +353,9 @@ def check_plan(plan: Plan, graph: OperatorGraph, machine: Machine) -> Plan:
     planned = plan.microbatches
     if same_model and both_batches_known and plan.batch_size != graph.batch_size:
         plan = fit_plan(plan, graph)
-    plan = _for_machine(fit_mesh(check(plan, graph), machine), machine)
+    plan = with_use_notes(with_claims_for(fit_mesh(check(plan, graph), machine), machine), machine)
     note = microbatches_note(planned, graph.batch_size, plan.microbatches)
     if plan.microbatches < planned and note not in plan.notes:
-        plan = replace(plan, notes=(*plan.notes, note))
-    return plan
-
-
-def _for_machine(plan: Plan, machine: Machine) -> Plan:
-    """The plan without the claims that were made for another machine, with a note on idle
-    devices."""
-    if plan.machine != machine.name:
-        plan = replace(plan, machine=machine.name, predicted={}, notes=(), why={})
-    idle = machine.devices - plan.devices
-    count = f"of {machine.devices} devices"
-    if idle and not any(count in note for note in plan.notes):
-        are_idle = "1 is idle" if idle == 1 else f"{idle} are idle"
-        note = f"the plan uses {plan.devices} {count}: {are_idle}"
         plan = replace(plan, notes=(*plan.notes, note))
     return plan
 
@@ -452,11 +440,7 @@ def other_plans(plan: Plan | str | Path) -> dict[str, tuple[Path, Plan]]:
 def _applied(given: Plan | str, graph: OperatorGraph, machine: Machine) -> Plan:
     """A given plan or baseline for a graph on a machine, checked."""
     if isinstance(given, str):
-        plan = BASELINES[given](graph, machine.name, mesh_of(machine))
-        if plan.devices > 1 and not any(plan.choices.values()):
-            note = f"'{given}' splits no operator here: every device computes the whole step"
-            plan = replace(plan, notes=(*plan.notes, note))
-        return plan
+        return with_use_notes(BASELINES[given](graph, machine.name, mesh_of(machine)), machine)
     return check_plan(given, graph, machine)
 
 

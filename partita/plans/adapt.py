@@ -153,6 +153,13 @@ def _divides(
     return storage.dim < len(shape) and shape[storage.dim] % ways == 0
 
 
+def with_claims_for(plan: Plan, machine: Machine) -> Plan:
+    """The plan without predictions, notes and reasons that were made for another machine."""
+    if plan.machine == machine.name:
+        return plan
+    return replace(plan, machine=machine.name, predicted={}, notes=(), why={})
+
+
 def fit_mesh(plan: Plan, machine: Machine) -> Plan:
     """The plan with its axes on levels of the machine.
 

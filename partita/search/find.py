@@ -42,6 +42,7 @@ from partita.graph.rematerialize import Run
 from partita.machine import Machine
 from partita.plans.baselines import baselines_of
 from partita.plans.layout import is_accelerated, layout_of
+from partita.plans.notes import with_use_notes
 from partita.plans.pipeline import is_one_program, is_placed
 from partita.plans.plan import Mesh, Plan, is_gpu, mesh_for
 from partita.search.base import Progress, Report, SearchResult
@@ -783,8 +784,12 @@ def _noted(request: _Request, result: PlanResult) -> PlanResult:
             notes.append(NO_FASTER)
         notes += _attached_notes(request, result)
     notes += result.failures
-    plan = replace(result.plan, notes=tuple(notes), predicted=_predicted(result))
-    return replace(result, plan=plan)
+    plan = replace(
+        result.plan,
+        notes=tuple(notes),
+        predicted=_predicted(result),
+    )
+    return replace(result, plan=with_use_notes(plan, request.machine))
 
 
 def _attached_notes(request: _Request, result: PlanResult) -> list[str]:

@@ -223,3 +223,23 @@ def test_claims_belong_to_the_machine_that_a_plan_was_made_for() -> None:
     alone = Plan(graph.name, "h100:1", Mesh(()), {name: {} for name in choices})
     notes = check_plan(alone, graph, load("h100:2")).notes
     assert notes == ("the plan uses 1 of 2 devices: 1 is idle",)
+
+
+@pytest.mark.parametrize(
+    ("used", "note"),
+    [
+        ("abc", ()),
+        ("c", ("'hand' splits no operator over axes a, b: 4 groups of devices do the same work",)),
+        ("bc", ("'hand' splits no operator over axis a: 2 groups of devices do the same work",)),
+        ("", ("'hand' splits no operator here: every device computes the whole step",)),
+    ],
+)
+def test_a_plan_whose_devices_repeat_work_says_so(used: str, note: tuple[str, ...]) -> None:
+    graph = OperatorGraph.load(DATA / "mlp.graph.json")
+    path = next(a.path for a in graph.arguments if a.role == "parameter")
+    choices = {operator.name: dict.fromkeys(used, "S") for operator in graph.operators}
+    storage = {path: Storage(0, ("c",), 3)} if used != "abc" else {}
+    plan = Plan(graph.name, "h100:8", Mesh.of((2, 2, 2)), choices, storage, "hand")
+    checked = check_plan(plan, graph, load("h100:8"))
+    assert checked.notes == note
+    assert check_plan(checked, graph, load("h100:8")).notes == note, "once"
