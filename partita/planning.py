@@ -511,18 +511,23 @@ def _with_prediction(plan: Plan, captured: Captured, machine: Machine) -> Plan:
     processes process 0 predicts them."""
     from partita.execute.processes import from_first
 
-    if plan.predicted:
-        return plan
-
     def predict() -> str:
+        if plan.predicted:
+            return json.dumps(plan.to_json())
         prediction = predict_plan(captured.graph, machine, plan)
         operators = {
             cost.name: {**_figures(cost), "alternatives": []} for cost in prediction.operators
         }
-        return json.dumps([prediction.to_json(), {"operators": operators}])
+        predicted = replace(
+            plan,
+            predicted=prediction.to_json(),
+            why={"operators": operators},
+            machine_digest=machine.digest,
+        )
+        return json.dumps(predicted.to_json())
 
-    predicted, why = json.loads(from_first("prediction", predict))
-    return replace(plan, predicted=predicted, why=why)
+    # The claims of a plan may be for the numbers of one process's machine only.
+    return Plan.from_json(json.loads(from_first("prediction", predict)))
 
 
 def _smaller_plan(

@@ -26,6 +26,7 @@ from partita.errors import LostProcessError
 from partita.execute import members
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
+from partita.planning import best_plan
 from partita.plans.plan import Plan
 from partita.search.find import find
 
@@ -190,6 +191,29 @@ def test_reasons_that_are_damaged_are_one_sentence(why: object, tmp_path: Path) 
         and ": give " in done.stderr
         and "Traceback" not in done.output
     )
+
+
+def test_explain_drops_predictions_for_other_numbers_of_a_machine(tmp_path: Path) -> None:
+    machine = replace(load("h100:2"), name="mine")
+    description, plan = tmp_path / "mine.toml", tmp_path / "plan.json"
+    best_plan(GRAPH, machine).save(plan)
+    layer = GRAPH.operators[0].name
+    explain = ("explain", str(plan), "--machine", str(description))
+    description.write_text(machine.to_toml())
+    same = partita(*explain)
+    assert "predicted (" in same.output and "other numbers" not in same.output
+    assert partita("explain", str(plan), layer, "--machine", str(description)).exit_code == 0
+    edited = machine.revised({"device.overhead": 1.0}, "an edit", "assumed")
+    description.write_text(edited.to_toml())
+    other = partita(*explain)
+    assert "predicted (" not in other.output
+    assert "note: the saved predictions are for other numbers of 'mine'" in other.output
+    refused = partita("explain", str(plan), layer, "--machine", str(description))
+    assert (
+        refused.exit_code == 2 and "are for other numbers of 'mine': plan again" in refused.stderr
+    )
+    others = partita("explain", str(plan), "--machine", "a100:2")
+    assert others.exit_code == 2 and "is for 'mine', and 'a100:2' is another" in others.stderr
 
 
 def test_run_trains_by_a_plan_in_stages(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Searches offer stages and microbatches where a plan needs them and can run."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from partita.planning import (
     resolve_plan,
     search_fitting_plan,
     search_plan,
+    simulate_plan,
 )
 
 SMALL = host(2, 2_000_000)
@@ -145,3 +147,25 @@ def test_a_baseline_that_splits_nothing_says_so() -> None:
     assert plan.notes == (
         "'data parallel' splits no operator here: every device computes the whole step",
     )
+
+
+def test_a_plan_for_other_numbers_of_a_machine_is_predicted_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = captured(jnp.mean)
+    fast = host(2, 1 << 30)
+    slow = fast.revised({"device.overhead": 1.0}, "an edit", "assumed")
+    saved = best_plan(step.graph, fast)
+    assert make_planner(saved, machine=fast)(step) == saved
+    plan = make_planner(saved, machine=slow)(step)
+    assert plan.predicted["seconds"] > 1.0 > saved.predicted["seconds"]
+    assert plan.notes == (
+        "the saved predictions are for other numbers of 'host:2' and are dropped",
+    )
+    assert make_planner(plan, machine=slow)(step) == plan, "saved again, the claims hold"
+    notes = simulate_plan(step, slow, saved).notes
+    assert plan.notes[0] in notes
+    # All processes take the first one's claims, whatever the numbers of their own hosts are.
+    first = lambda name, make: json.dumps(plan.to_json())
+    monkeypatch.setattr("partita.execute.processes.from_first", first)
+    assert make_planner(saved, machine=fast)(step) == plan

@@ -12,6 +12,8 @@ import typer
 from partita.cli.options import Json
 from partita.cli.terminal import errors, out
 from partita.errors import PlanError
+from partita.machine import load
+from partita.plans.adapt import with_claims_for
 from partita.plans.plan import Plan
 
 PlanFile = Annotated[Path, typer.Argument(help="A saved plan.", show_default=False)]
@@ -23,6 +25,13 @@ def explain(
     layer: Annotated[
         str | None, typer.Argument(help="A layer of the plan.", show_default="the whole plan")
     ] = None,
+    machine: Annotated[
+        str | None,
+        typer.Option(
+            help="The plan's machine as it is now: predictions for other numbers are dropped.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Explain a plan: its choices and their alternatives.
@@ -30,7 +39,13 @@ def explain(
     Example: partita explain plan.json dense_1
     """
     with errors():
-        plan = Plan.load(plan_file)
+        saved = Plan.load(plan_file)
+        plan = saved if machine is None else _for_machine(saved, plan_file, machine)
+        if layer is not None and plan is not saved:
+            raise PlanError(
+                f"The reasons in {str(plan_file)!r} are for other numbers of {plan.machine!r}: "
+                f"plan again with 'partita plan --machine {machine} --save-plan'."
+            )
         if layer is not None:
             _explain_layer(plan, plan_file, layer, as_json)
         elif as_json:
@@ -42,6 +57,21 @@ def explain(
             out.print(legend(plan))
             for line in summary(plan):
                 out.print(line)
+
+
+def _for_machine(plan: Plan, plan_file: Path, name: str) -> Plan:
+    """The plan with the predictions that hold for a machine of this name or file."""
+    from partita.planning import resolve_machine
+
+    machine = load(name)
+    if machine.name != plan.machine:
+        machine = resolve_machine(machine, plan.devices)  # "mine, 4 devices"
+    if machine.name != plan.machine:
+        raise PlanError(
+            f"The plan {str(plan_file)!r} is for '{plan.machine}', and {name!r} is another "
+            "machine. Give the plan's machine, or plan again."
+        )
+    return with_claims_for(plan, machine)
 
 
 def _explain_layer(plan: Plan, plan_file: Path, layer: str, as_json: bool) -> None:

@@ -10,10 +10,12 @@ Here: the value, as its description states it. Elsewhere: parts (`parts`), colle
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -79,6 +81,12 @@ class Machine:
     def devices(self) -> int:
         """Number of devices."""
         return math.prod(level.size for level in self.levels)
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of the described devices and links, without name, notes and sources."""
+        text = replace(self, name="", notes="", sources=()).to_toml()
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def device_kinds(self) -> list[int]:
         """Per device the number of its kind; empty where all are equal."""

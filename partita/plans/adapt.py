@@ -154,10 +154,18 @@ def _divides(
 
 
 def with_claims_for(plan: Plan, machine: Machine) -> Plan:
-    """The plan without predictions, notes and reasons that were made for another machine."""
-    if plan.machine == machine.name:
+    """The plan without predictions, notes and reasons that were made for another machine.
+
+    A machine of the same name with other numbers is another one; a note says so.
+    """
+    if plan.machine != machine.name:
+        notes = ()
+    elif plan.machine_digest and plan.machine_digest != machine.digest:
+        numbers = f"other numbers of '{machine.name}'"
+        notes = (f"the saved predictions are for {numbers} and are dropped",)
+    else:
         return plan
-    return replace(plan, machine=machine.name, predicted={}, notes=(), why={})
+    return replace(plan, machine=machine.name, machine_digest="", predicted={}, notes=notes, why={})
 
 
 def fit_mesh(plan: Plan, machine: Machine) -> Plan:

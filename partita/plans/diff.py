@@ -18,8 +18,11 @@ def _differences(left: Plan, right: Plan) -> Iterator[str]:
     if left.mesh != right.mesh:
         has_levels = left.mesh.sizes == right.mesh.sizes
         yield f"mesh: {_mesh(left, has_levels)} -> {_mesh(right, has_levels)}"
+    digests = {left.machine_digest, right.machine_digest}
     if left.machine != right.machine:
         yield f"machine: {left.machine} -> {right.machine}"
+    elif len(digests) == 2 and "" not in digests:
+        yield f"machine: {left.machine} -> the same with other numbers"
     yield from _changed_entries(_choice_texts(left), _choice_texts(right))
     yield from _changed_entries(_storage_texts(left), _storage_texts(right))
     if left.microbatches != right.microbatches:

@@ -160,6 +160,8 @@ class Plan:
     """Paths of variables whose optimizer slots are in the memory of the host."""
     target: str = ""
     """The platform of the graph ("cpu", "cuda", "tpu"), "" in files that do not say."""
+    machine_digest: str = ""
+    """The digest of the machine whose numbers `predicted` is for, "" if that is unknown."""
 
     @property
     def devices(self) -> int:
@@ -193,6 +195,8 @@ class Plan:
         }
         if self.target:
             value["target"] = self.target
+        if self.machine_digest:
+            value["machine_digest"] = self.machine_digest
         # Most plans have no microbatches, rematerialization and offload: their files stay short.
         if self.microbatches > 1:
             value["microbatches"] = self.microbatches
@@ -247,6 +251,7 @@ def _plan_of(fields: Mapping[str, Any]) -> Plan:
         "microbatches",
         "schedule",
         "target",
+        "machine_digest",
     )
     return Plan(
         graph=fields["graph"],

@@ -108,6 +108,7 @@ _PLAN = table(
         "schedule": one_of(*SCHEDULES),
         "recompute": items(row(text(), text())),
         "offload": items(text()),
+        "machine_digest": text(64, r"[0-9a-f]+", "'2c26b46b68ffc68f'"),
         "target": text(80, r"(cpu|cuda|tpu)(:\d+\.\d+)?", "'cpu', 'cuda' or 'tpu'"),
     },
 )

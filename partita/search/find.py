@@ -788,6 +788,7 @@ def _noted(request: _Request, result: PlanResult) -> PlanResult:
         result.plan,
         notes=tuple(notes),
         predicted=_predicted(result),
+        machine_digest=request.machine.digest,
     )
     return replace(result, plan=with_use_notes(plan, request.machine))
 

@@ -236,6 +236,17 @@ def test_measured_numbers_have_their_source():
     )
 
 
+def test_the_digest_of_a_machine_is_that_of_its_numbers():
+    machine = load("h100:4")
+    renamed = replace(machine, name="mine", notes="a note", sources=())
+    assert renamed.digest == machine.digest == read(machine.to_toml()).digest
+    for path, (value, _, _) in machine.provenance().items():
+        other = machine.revised({path: value * 2 if value else 0.1}, "an edit", "assumed")
+        assert other.digest != machine.digest, path
+    ring = replace(machine.levels[0], fabric="ring")
+    assert replace(machine, levels=(ring, *machine.levels[1:])).digest != machine.digest
+
+
 def test_a_number_changed_in_code_loses_its_source():
     cluster = load("p100-cluster")
     faster = replace(

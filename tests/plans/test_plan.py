@@ -1,6 +1,7 @@
 """Plan files: saving and loading is the identity, and messages name every mistake."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def small(**changes: object) -> Plan:
 )
 def test_saving_and_loading_is_the_identity(choices: dict, storage: dict) -> None:
     plan = small(choices=choices, storage=storage, notes=("a note",), predicted={"seconds": 0.5})
+    plan = replace(plan, machine_digest="0a1b")
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
@@ -220,6 +222,19 @@ def test_claims_belong_to_the_machine_that_a_plan_was_made_for() -> None:
     elsewhere = check_plan(plan, graph, load("h100:8"))
     assert elsewhere.notes == ("the plan uses 4 of 8 devices: 4 are idle",)
     assert not elsewhere.predicted and elsewhere.machine == "h100:8"
+    h100 = load("h100:4")
+    slower = h100.revised({"level.node.bandwidth": 1e9}, "an edit", "assumed")
+    old = replace(plan, machine_digest=h100.digest)
+    assert check_plan(old, graph, h100).predicted == {"seconds": 1.0}
+    changed = check_plan(old, graph, slower)
+    assert not changed.predicted and not changed.machine_digest
+    assert changed.notes == (
+        "the saved predictions are for other numbers of 'h100:4' and are dropped",
+    )
+    assert check_plan(plan, graph, slower).predicted, "a file without a digest is as before"
+    assert diff(old, replace(old, machine_digest=slower.digest)) == [
+        "machine: h100:4 -> the same with other numbers"
+    ]
     alone = Plan(graph.name, "h100:1", Mesh(()), {name: {} for name in choices})
     notes = check_plan(alone, graph, load("h100:2")).notes
     assert notes == ("the plan uses 1 of 2 devices: 1 is idle",)
