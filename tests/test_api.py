@@ -144,7 +144,8 @@ def test_a_baseline_is_run_by_its_name() -> None:
     machine = host(4, 1 << 30)
     named = make_planner("dp", machine=machine)(captured)
     baseline = resolve_plan("data parallel", captured.graph, machine)
-    assert named == dataclasses.replace(baseline, predicted=named.predicted, why=named.why)
+    claims = {"predicted": named.predicted, "why": named.why, "machine_digest": machine.digest}
+    assert named == dataclasses.replace(baseline, **claims)
     assert set(named.why["operators"]) == {"wide", "out"}
     assert named.devices == 4 and named.predicted["seconds"] > 0
     searched = make_planner("found", machine=machine)(captured)
