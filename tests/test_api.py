@@ -110,6 +110,16 @@ def test_a_batch_is_arrays_of_samples(batch: Any, problem: str) -> None:
         partita.plan(model, batch=batch, machine="h100:2")
 
 
+def test_an_error_of_the_loss_is_one_sentence() -> None:
+    def refuse(_: Any, __: Any) -> None:
+        raise ValueError("Labels have 4 classes.")
+
+    model = made()
+    model.compile("sgd", refuse)
+    with pytest.raises(CaptureError, match=r"ValueError: Labels have 4 classes\. Give batch="):
+        partita.plan(model, batch=(np.ones((8, 64)), np.ones(8)), machine="h100:2")
+
+
 def test_arguments_that_contradict_the_program_are_named() -> None:
     batch = (np.ones((8, 64)), np.ones(8))
     with pytest.raises(CaptureError, match="batch_size is 16, and the batch has 8 samples. Give"):

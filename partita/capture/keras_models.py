@@ -80,7 +80,7 @@ def build_for(model: keras.Model, batch: Any) -> None:
         raise
     except Exception as error:
         raise CaptureError(
-            f"The model '{model.name}' cannot be built for the batch: {reason(error)}. "
+            f"The model '{model.name}' cannot be built for the batch: {reason(error).rstrip('.')}. "
             "Give batch=(x, y) of arrays as in training."
         ) from error
 
