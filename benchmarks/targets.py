@@ -197,11 +197,9 @@ def hub_model(name: str, backbone: Any) -> keras.Model:
 
 
 def batch_of(model: keras.Model) -> Any:
-    """Shapes of a batch of a model, open dims with a length."""
+    """Shapes of a batch of a model, open dims with a length. Labels have the shape that the model
+    computes: some layers of keras_hub declare another one."""
     inputs = keras.tree.map_structure(shape_of, model._inputs_struct)
-    tensors = keras.tree.flatten([model._inputs_struct, model._outputs_struct])
-    if all(None not in tensor.shape[1:] for tensor in tensors):
-        return inputs, keras.tree.map_structure(shape_of, model._outputs_struct)
     variables = [variable.value for variable in model.trainable_variables]
     others = [variable.value for variable in model.non_trainable_variables]
     outputs, _ = jax.eval_shape(model.stateless_call, variables, others, inputs)
