@@ -54,6 +54,8 @@ MEASURED_SEARCHES = 4
 """Searches at most while operators are timed: each may choose untimed operators."""
 ALTERNATIVES = 5
 """Alternatives per operator that a plan keeps as reasons."""
+CLAIMS = ("predicted", "why", "notes", "machine_digest")
+"""Fields of a plan that hold for the numbers of one machine."""
 BASELINE_FIGURES = ("seconds", "seconds_compute", "peak_bytes", "traffic_bytes", "joules")
 """Figures of a baseline that a plan keeps as reasons."""
 
@@ -511,23 +513,25 @@ def _with_prediction(plan: Plan, captured: Captured, machine: Machine) -> Plan:
     processes process 0 predicts them."""
     from partita.execute.processes import from_first
 
-    def predict() -> str:
+    def claims() -> str:
         if plan.predicted:
-            return json.dumps(plan.to_json())
-        prediction = predict_plan(captured.graph, machine, plan)
-        operators = {
-            cost.name: {**_figures(cost), "alternatives": []} for cost in prediction.operators
-        }
-        predicted = replace(
-            plan,
-            predicted=prediction.to_json(),
-            why={"operators": operators},
-            machine_digest=machine.digest,
-        )
-        return json.dumps(predicted.to_json())
+            claimed = plan
+        else:
+            prediction = predict_plan(captured.graph, machine, plan)
+            operators = {
+                cost.name: {**_figures(cost), "alternatives": []} for cost in prediction.operators
+            }
+            claimed = replace(
+                plan,
+                predicted=prediction.to_json(),
+                why={"operators": operators},
+                machine_digest=machine.digest,
+            )
+        return json.dumps({name: getattr(claimed, name) for name in CLAIMS})
 
-    # The claims of a plan may be for the numbers of one process's machine only.
-    return Plan.from_json(json.loads(from_first("prediction", predict)))
+    # The saved claims of a plan may hold for the machine of one process only.
+    values = json.loads(from_first("prediction", claims))
+    return replace(plan, **{**values, "notes": tuple(values["notes"])})
 
 
 def _smaller_plan(

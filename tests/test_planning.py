@@ -17,6 +17,7 @@ from partita.keras.layout_map import layout_map
 from partita.machine import host
 from partita.offers import compare_machines
 from partita.planning import (
+    CLAIMS,
     SearchOptions,
     best_plan,
     check_plan,
@@ -166,6 +167,7 @@ def test_a_plan_for_other_numbers_of_a_machine_is_predicted_anew(
     notes = simulate_plan(step, slow, saved).notes
     assert plan.notes[0] in notes
     # All processes take the first one's claims, whatever the numbers of their own hosts are.
-    first = lambda name, make: json.dumps(plan.to_json())
+    claims = {name: getattr(plan, name) for name in CLAIMS}
+    first = lambda name, make: json.dumps(claims)
     monkeypatch.setattr("partita.execute.processes.from_first", first)
     assert make_planner(saved, machine=fast)(step) == plan
