@@ -194,6 +194,8 @@ class _Fuser:
         them."""
         self.sums_columns = [self._sums_columns(i) for i in range(len(graph.instructions))]
         """Per instruction, whether it is a reduction that no reader can take in."""
+        self.gathering: set[int] = set()
+        """Instructions that are written only because their readers would read more."""
         self.members: list[set[int]] = [set() for _ in graph.instructions]
         """Per instruction, the roots of the kernels that compute it."""
 
@@ -240,8 +242,41 @@ class _Fuser:
             is_constant = self.graph.instructions[root].name == "constant"
             if not is_constant and self._is_read(root):
                 kernels[root] = self._kernel(root, single)
+        if self.rules.counts_reads:
+            self._compute_in_readers(kernels)
         computed_in = tuple(tuple(sorted(roots)) for roots in self.members)
         return Fusion(dict(sorted(kernels.items())), computed_in)
+
+    def _compute_in_readers(self, kernels: dict[int, Kernel]) -> None:
+        """Gives kernels of several operands to their readers, if these then move no more tensors.
+
+        PriorityFusion counts the tensors of their size that kernels read and write. An operand
+        that a reader reads anyway counts once.
+        """
+        reads_of = {root: set(reads(self.graph, kernel)) for root, kernel in kernels.items()}
+        readers: dict[int, set[int]] = defaultdict(set)
+        for root, tensors in reads_of.items():
+            for tensor in tensors:
+                readers[tensor].add(root)
+        for root in sorted(self.gathering & kernels.keys(), reverse=True):
+            result = self.graph.instructions[root].results[0]
+            reading = readers[result]
+            if any(self._name(i) == "reduce" for i in kernels[root]):
+                continue
+            operands = reads_of[root]
+            whole = {t for t in operands if self.graph.tensors[t].nbytes >= self.nbytes[root]}
+            read_again = sum(len(whole - reads_of[reader]) for reader in reading)
+            if not reading or read_again > len(whole) + 1 + len(reading):
+                continue
+            kernel = kernels.pop(root)
+            del reads_of[root]
+            for tensor in operands:
+                readers[tensor] = readers[tensor] - {root} | reading
+            for i in kernel:
+                self.members[i] = self.members[i] - {root} | reading
+            for reader in reading:
+                reads_of[reader] = reads_of[reader] - {result} | operands
+                kernels[reader] = tuple(sorted({*kernels[reader], *kernel}))
 
     def _is_fusible(self, instruction: Instruction) -> bool:
         """Whether an instruction can be computed inside its reader."""
@@ -362,6 +397,8 @@ class _Fuser:
         for producer, readers in enumerate(self.readers):
             if len(readers) <= 1 or not self.fusible[producer] or not self._gathers(producer):
                 continue
+            if producer not in single:
+                self.gathering.add(producer)
             if (
                 self.rules.duplicates
                 and not self._is_written_sum(producer)

@@ -52,3 +52,22 @@ def test_differences_are_written_by_the_rows_of_a_device(samples, written):
     differences = [x for x in kernels if x.name == "subtract" and x.phase == "forward"]
     shapes = [graph.tensors[x.results[0]].shape for x in differences]
     assert shapes.count((samples, 8, 8, 128)) == written
+
+
+def test_a_sum_of_two_values_is_computed_by_two_readers():
+    """A residual sum by its ReLU and by the gradient of that: four reads, and no write."""
+    image = keras.Input((16, 16, 16))
+    convolutions = [keras.layers.Conv2D(16, 3, padding="same", use_bias=False) for _ in range(3)]
+    one, other, last = convolutions
+    y = last(keras.ops.relu(keras.layers.Add(name="residual")([one(image), other(image)])))
+    model = keras.Model(image, y)
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 64, target="cuda").graph
+    plan = BASELINES["one device"](graph, GPU.name, mesh_of(GPU))
+    rules = compiler_of(GPU.backend).fusion_rules
+    fused = fused_under(graph, layout_of(graph, plan), rules, plan.mesh)
+    (total,) = (
+        i for i, x in enumerate(graph.instructions) if x.name == "add" and x.path == "residual"
+    )
+    assert total not in fused.kernels
+    assert len(fused.computed_in[total]) == 2

@@ -37,6 +37,9 @@ class FusionRules:
     repeats_differences: bool = False
     """A difference from a broadcast value, as from a mean, is computed by each of its readers, also
     by reductions over columns."""
+    counts_reads: bool = False
+    """A value of several tensors is computed by its readers if their kernels then read and write
+    no more tensors of its size."""
     longest_column: int = 0
     """Rows of a reduction that is not split: a shorter one may read a difference from memory
     (`cost.differences`). 0: none does."""
