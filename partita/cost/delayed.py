@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from partita.cost.early_sums import EarlySum, early_sums
@@ -53,6 +53,8 @@ from partita.plans.plan import Mesh
 KERNELS_PER_COLLECTIVE = 5
 """Library calls and loops that run during one collective (GpuLatencyEstimator counts 5000 for a
 collective, 1000 for each of them)."""
+GRADIENTS_PER_COLLECTIVE = math.ceil(KERNELS_PER_COLLECTIVE / 2)
+"""Gradients of weights that run beside a collective, each with the update or slice behind it."""
 
 
 @dataclass(frozen=True)
@@ -223,13 +225,20 @@ def _delayed_products(
             times.add(max(products))
     if len(dtypes) > 1:
         times.add(_end_of_backward(graph))
-    kernels_per_gradient = 1 if dtypes else 2
-    room = math.ceil(KERNELS_PER_COLLECTIVE / kernels_per_gradient)
+    room = KERNELS_PER_COLLECTIVE if dtypes else GRADIENTS_PER_COLLECTIVE
+    return delayed | _beside(waiting, times, room)
+
+
+def _beside(waiting: Sequence[tuple[int, ...]], times: Iterable[int], room: int) -> dict[int, int]:
+    """Product -> the instruction at which it runs beside a collective: the latest products beside
+    the last collectives, `room` gradients to each."""
+    delayed: dict[int, int] = {}
+    left = list(waiting)
     for time in sorted(times, reverse=True):
-        ready = [products for products in waiting if max(products) < time]
+        ready = [products for products in left if max(products) < time]
         for products in ready[-room:]:
             delayed.update(dict.fromkeys(products, time))
-            waiting.remove(products)
+            left.remove(products)
     return delayed
 
 
@@ -242,19 +251,29 @@ def _delayed_slices(
 ) -> dict[int, int]:
     """Product for the gradient of a stored weight -> the instruction at which it runs.
 
-    It waits for its sum, or for the next gather of variables for the backward pass; without
-    gathers, for the end of that pass.
+    It waits for its sum. Otherwise it runs beside one of the last sums that the backward pass waits
+    for, as of a batch normalization, if these follow all gathers of variables for that pass, or
+    once the next of the gathers has begun; without gathers, at the end of the pass.
     """
     sliced = _sliced(graph, layout)
-    end = -1 if gathers else _end_of_backward(graph)
     delayed = {}
+    waiting = []
     for root in fused.kernels:
         is_product = graph.instructions[root].name in PRODUCTS
-        if is_product and root in sliced and root in _gradients(graph):
-            total = sums.get(graph.instructions[root].results[0])
-            delayed[root] = (
-                total.computed if total else next((time for time in gathers if time > root), end)
-            )
+        if not (is_product and root in sliced and root in _gradients(graph)):
+            continue
+        total = sums.get(graph.instructions[root].results[0])
+        if total:
+            delayed[root] = total.computed
+        else:
+            waiting.append((root,))
+    if not gathers:
+        return delayed | {root: _end_of_backward(graph) for (root,) in waiting}
+    last_sums = [time for time in _awaited_sums(graph, layout) if time > max(gathers)]
+    delayed |= _beside(waiting, last_sums, GRADIENTS_PER_COLLECTIVE)
+    for (root,) in waiting:
+        if root not in delayed:
+            delayed[root] = next((time for time in gathers if time > root), -1)
     return delayed
 
 

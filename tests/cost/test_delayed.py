@@ -148,6 +148,25 @@ def test_gradients_of_stored_weights_wait_for_the_next_gather(perceptron):
         assert delays[root].time == min(time for time in gathers if time > root)
 
 
+def test_gradients_of_stored_weights_wait_for_the_last_sums_of_normalizations():
+    """The scheduler begins at the end of the step, so the last collectives take them first."""
+    x = vectors = keras.Input((64,))
+    for block in range(6):
+        x = keras.layers.Dense(64, use_bias=False, name=f"dense_{block}")(x)
+        x = keras.layers.Activation("relu")(keras.layers.BatchNormalization()(x))
+    model = keras.Model(vectors, x)
+    model.compile("adam", "mse")
+    graph = capture_program(model, 4096, target=GPU.target).graph
+    gathers, delays = zero_delays(graph, 0, is_limited=False)
+    times = {
+        graph.instructions[root].path: delay.time
+        for root, delay in delays.items()
+        if graph.instructions[root].name == "dot_general"
+    }
+    assert len(times) == 5
+    assert min(times.values()) > max(gathers)
+
+
 def test_gathers_that_are_combined_begin_after_all_their_gradients(perceptron):
     single, _ = zero_delays(perceptron, 0, is_limited=False)
     pairs, _ = zero_delays(perceptron, 2 * 64 * 256 * 4, is_limited=False)
