@@ -253,6 +253,8 @@ def _allocations(
         allocator.add_zeros()
     if buffers.pool_positions:
         allocator.add_pool_gradients()
+    if buffers.late_positions:
+        allocator.add_late_positions()
     return allocator.allocations()
 
 
@@ -909,3 +911,16 @@ class _Allocator:
             self._add(operand, rank * self._bytes(operand), 0, available)
             self._add(source, rank * self._bytes(source), available, i)
             self._add(operand, self._bytes(operand), 0, i - 1)
+
+    def add_late_positions(self) -> None:
+        """Adds the positions of maxima, an index per dim for every window, and the maxima.
+
+        XLA finds them just before it scatters a gradient of pooling to them
+        (SelectAndScatterExpander).
+        """
+        for i, _ in self.program.pool_gradients:
+            source = self.graph.instructions[i].operands[1]
+            target = self.layout.targets.get((i, 1))
+            rank = len(self.graph.tensors[source].shape)
+            positions = rank * self._bytes(source, target, itemsize=ITEMSIZE["int32"])
+            self._add(source, positions + self._bytes(source, target), i, i)

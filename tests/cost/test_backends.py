@@ -690,3 +690,18 @@ def test_a_convolution_and_its_weight_gradient_share_an_exchange_on_a_tpu():
         found = collectives(graph, plan.mesh, layout_of(graph, plan), machine.backend)
         halos = [c.nbytes for c in found if c.cause == "halo"]
         assert halos == [row_elements * itemsize] * 2 * exchanges
+
+
+def test_the_gradient_of_pooling_on_a_gpu_has_the_positions_of_maxima():
+    """Four numbers of 32 bits for each maximum, and the maxima."""
+    image = keras.Input((32, 32, 8))
+    x = keras.layers.Conv2D(64, 3, padding="same", use_bias=False)(image)
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.MaxPooling2D(2)(x))
+    model = keras.Model(image, x)
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 64, target=GPU.target).graph
+    plan = BASELINES["one device"](graph, GPU.name, mesh_of(GPU))
+    course = memory(graph, plan.mesh, layout_of(graph, plan), GPU.backend).course
+    (i,) = (i for i, x in enumerate(graph.instructions) if x.name == "select_and_scatter")
+    maxima = graph.tensors[graph.instructions[i].operands[1]]
+    assert course[i] - course[i - 1] >= 5 * maxima.nbytes

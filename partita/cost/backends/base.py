@@ -94,6 +94,8 @@ class Buffers:
     selected_starts: bool = False
     """A loop selects, in each of its trips, between a value that it carries and the constant with
     which that starts. If False: the constant is written before the loop."""
+    late_positions: bool = False
+    """The gradient of pooling by maximum has the positions of maxima in memory while it runs."""
     filled_gradients: bool = False
     """The weight gradient of a convolution over a dilated operand is a dense convolution: its
     window is the operand with zeros in its holes, and the other operand has a copy."""

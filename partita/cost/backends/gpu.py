@@ -76,6 +76,7 @@ class XlaGpu(XlaAccelerator):
             replaced_operands=True,
             ordered_kernels=True,
             filled_gradients=True,
+            late_positions=True,
         )
 
     @property
