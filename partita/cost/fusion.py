@@ -286,12 +286,9 @@ class _Fuser:
             # Reductions over the major dims have a kernel of their own.
             return _sums_rows(instruction)
         if instruction.name == "concatenate":
-            if self.rules.joins_by_maximum:
+            if self.rules.reads_written:
                 return True
             # Joined along the minor dim, every element would ask which operand it is from.
-            if self.rules.reads_written and instruction.phase == "update":
-                # The gradients of a weight's slices: seen in Adam's kernels (XLA:GPU).
-                return True
             operand, result = instruction.operands[0], instruction.results[0]
             tensors = self.graph.tensors
             return tensors[operand].shape[-1] == tensors[result].shape[-1]
@@ -433,7 +430,9 @@ class _Fuser:
         return written
 
     def _is_repeated(self, i: int) -> bool:
-        """Whether an instruction is a difference that every reader computes itself."""
+        """Whether an instruction is a concatenation or a difference that every reader computes."""
+        if self._name(i) == "concatenate" and self.rules.repeats_concatenations:
+            return not any(self._needs_memory(reader) for reader in self.readers[i])
         if not self.rules.repeats_differences or self._name(i) != "subtract":
             return False
         operands = self.graph.instructions[i].operands

@@ -235,3 +235,20 @@ def test_readers_compute_the_concatenation_of_a_tpu():
     for name, is_fused in (("tpu-v5e:4", True), ("h100:4", False)):
         kernels = fusion(graph, compiler_of(load(name).backend).fusion_rules).kernels
         assert (root not in kernels) == is_fused
+
+
+def test_readers_on_a_gpu_compute_a_concatenation_that_none_needs_in_memory():
+    """As in a batch normalization behind it: its sums and its elementwise readers join the parts."""
+
+    def step(w, x):
+        joined = jnp.concatenate([w, x], axis=1)
+        return w - 1.0, jnp.sum(joined, axis=0), jnp.sum(joined * joined, axis=0), jnp.exp(joined)
+
+    args = (jax.ShapeDtypeStruct((64, 16), "float32"), jax.ShapeDtypeStruct((64, 32), "float32"))
+    graph = capture_program(step, args=args).graph
+    root = next(i for i, x in enumerate(graph.instructions) if x.name == "concatenate")
+    rules = compiler_of(load("h100:4").backend).fusion_rules
+    fused = fusion(graph, rules)
+    assert root not in fused.kernels
+    assert len(fused.computed_in[root]) == 3
+    assert root in fusion(graph, replace(rules, repeats_concatenations=False)).kernels

@@ -37,6 +37,9 @@ class FusionRules:
     repeats_differences: bool = False
     """A difference from a broadcast value, as from a mean, is computed by each of its readers, also
     by reductions over columns."""
+    repeats_concatenations: bool = False
+    """A concatenation is computed by each of its readers, also by reductions over columns, unless
+    one needs it in memory."""
     counts_reads: bool = False
     """A value of several tensors is computed by its readers if their kernels then read and write
     no more tensors of its size."""

@@ -53,6 +53,7 @@ class XlaGpu(XlaAccelerator):
             reads_written=True,
             longest_row=LONGEST_ROW,
             repeats_differences=True,
+            repeats_concatenations=True,
             counts_reads=True,
             longest_column=LONGEST_COLUMN,
             reads_reversed=True,
