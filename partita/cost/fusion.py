@@ -15,7 +15,7 @@ import heapq
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from partita.cost.backends.base import FusionRules
 from partita.cost.collectives import communicating
@@ -87,6 +87,8 @@ GENERATED = FREE - {"reshape", "bitcast_convert"}
 """Those of FREE whose results need no tensor of their rank."""
 SHAPES = {"broadcast_in_dim", "reshape", "convert"}
 """Instructions that spread a sum over its row."""
+SMALL_SHARE = 8
+"""A tensor with a smaller part of a value's elements than one in eight is not counted as read."""
 Kernel = tuple[int, ...]
 """Instructions of a kernel, in program order."""
 OUTSIDE = 1 << 60
@@ -422,12 +424,62 @@ class _Fuser:
                 continue
             if i in self.merged or self._is_repeated(i):
                 continue
-            is_needed = any(r in in_reduction or self._needs_memory(r) for r in readers)
+            is_needed = any(self._needs_memory(r) for r in readers)
+            if not is_needed and any(r in in_reduction for r in readers):
+                is_needed = not self._is_recomputed(i, in_reduction)
             if not is_needed and any(self._compares_rows(r) for r in readers):
                 is_needed = self._ends_row_kernel(i)
             if is_needed:
                 written.add(i)
         return written
+
+    def _is_recomputed(self, i: int, in_reduction: Set[int]) -> bool:
+        """Whether other readers compute an instruction that reductions over major dims read: the
+        kernel of the reductions reads no more elements if it computes the instruction itself."""
+        if not self.rules.recomputes_summed or i in self._stored:
+            return False
+        result = self.graph.instructions[i].results[0]
+        others: set[int] = set()
+        stack = [i]
+        while stack:
+            for reader in self.readers[stack.pop()] & in_reduction:
+                for tensor in self.graph.instructions[reader].operands:
+                    if tensor != result:
+                        others |= self._large_reads(tensor, self.elements[i])
+                if not self.sums_columns[reader]:
+                    stack.append(reader)
+        own = self._large_reads(result, self.elements[i]) - others
+        sources = [self.producer[tensor] for tensor in own if tensor in self.producer]
+        is_joined = any(self._name(source) == "concatenate" for source in sources)
+        elements = sum(self.graph.tensors[tensor].size for tensor in own)
+        return not is_joined and elements <= self.elements[i]
+
+    def _large_reads(self, result: int, elements: int) -> set[int]:
+        """Tensors that a kernel reads which computes a tensor, without those that are small beside
+        a number of elements."""
+        reads: set[int] = set()
+        visited = {result}
+        stack = [result]
+        while stack:
+            tensor = stack.pop()
+            source = self.producer.get(tensor, -1)
+            is_computed = source >= 0 and self.fusible[source] and source not in self._stored
+            if not is_computed or self._name(source) == "concatenate":
+                reads.add(tensor)
+                continue
+            for operand in self.graph.instructions[source].operands:
+                is_large = self.graph.tensors[operand].size * SMALL_SHARE >= elements
+                if is_large and operand not in visited and not self._is_generated(operand):
+                    visited.add(operand)
+                    stack.append(operand)
+        return reads
+
+    @cached_property
+    def _stored(self) -> set[int]:
+        """Residual sums and results behind products that several kernels read: they are written."""
+        shared = (i for i, readers in enumerate(self.readers) if len(readers) > 1)
+        stored = {i for i in shared if self._is_written_sum(i)}
+        return stored | self._after_products() if self.rules.writes_after_products else stored
 
     def _is_repeated(self, i: int) -> bool:
         """Whether an instruction is a concatenation or a difference that every reader computes."""

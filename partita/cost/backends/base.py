@@ -43,6 +43,9 @@ class FusionRules:
     counts_reads: bool = False
     """A value of several tensors is computed by its readers if their kernels then read and write
     no more tensors of its size."""
+    recomputes_summed: bool = False
+    """A value that a reduction over columns reads is computed again by its other readers, if the
+    kernel of the reduction would read no more elements without it in memory."""
     longest_column: int = 0
     """Rows of a reduction that is not split: a shorter one may read a difference from memory
     (`cost.differences`). 0: none does."""

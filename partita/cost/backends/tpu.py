@@ -116,6 +116,7 @@ class XlaTpu(XlaAccelerator):
             reads_written=True,
             fuses_operands=True,
             repeats_differences=True,
+            recomputes_summed=True,
             writes_sums=True,
             writes_after_products=True,
             joins_by_maximum=True,
