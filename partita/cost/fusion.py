@@ -448,10 +448,10 @@ class _Fuser:
                         others |= self._large_reads(tensor, self.elements[i])
                 if not self.sums_columns[reader]:
                     stack.append(reader)
-        own = self._large_reads(result, self.elements[i]) - others
+        own = self._large_reads(result, self.elements[i])
         sources = [self.producer[tensor] for tensor in own if tensor in self.producer]
         is_joined = any(self._name(source) == "concatenate" for source in sources)
-        elements = sum(self.graph.tensors[tensor].size for tensor in own)
+        elements = sum(self.graph.tensors[tensor].size for tensor in own - others)
         return not is_joined and elements <= self.elements[i]
 
     def _large_reads(self, result: int, elements: int) -> set[int]:
