@@ -8,7 +8,8 @@ stages, both passes of a microbatch may be one piece (`is_whole_pass`). Clipping
 global norm gets one more: the update of all stages but the last needs a norm of all.
 
 Rematerialized forward statements are copied into the backward piece. As pieces are programs of
-their own, XLA cannot merge the copies with the originals.
+their own, XLA cannot merge the copies with the originals; for a GPU or TPU, `execute.late_copies`
+keeps it from computing them early.
 
 Not here: the text of a piece (`execute.piece_text`), devices and order (`execute.staged`),
 memory (`simulation.stage_memory`).
@@ -67,6 +68,8 @@ class Cut:
     pieces: tuple[Piece, ...]
     homes: dict[int, int]
     """Argument that is not of the batch -> the place that stores it."""
+    runs: tuple[int, ...] = ()
+    """[statement]: its rematerialized run, -1 for none."""
 
     @cached_property
     def argument_of(self) -> dict[int, int]:
@@ -130,7 +133,7 @@ def cut(flow: DataFlow, plan: Plan, nbytes: Sequence[int]) -> Cut:
     cutter.place_statements()
     cutter.assign_statements()
     pieces = cutter.pieces()
-    return check(Cut(flow, tuple(places), tuple(pieces), cutter.homes))
+    return check(Cut(flow, tuple(places), tuple(pieces), cutter.homes, tuple(cutter.runs)))
 
 
 def check(cut: Cut) -> Cut:
@@ -528,29 +531,64 @@ class _Cutter:
     def _rematerialized(self) -> dict[int, list[int]]:
         """Place -> the forward statements that its backward pass repeats."""
         repeated: dict[int, list[int]] = defaultdict(list)
-        for k, statement_class in enumerate(self.classes):
-            owner = self.flow.owner(k)
-            if statement_class == "forward" and owner >= 0 and self.run_of[owner] >= 0:
+        for k, run in enumerate(self.runs):
+            if run >= 0:
                 repeated[self.place[k]].append(k)
         return repeated
+
+    @cached_property
+    def runs(self) -> list[int]:
+        """[statement]: the rematerialized run of a forward statement, -1 for none.
+
+        It is that of its operator. The residual sum between two blocks belongs to the later one,
+        and reads two values of the earlier one, which would both be stored. Such a light statement
+        is in the run of its operands, if that stores no more bytes between the runs.
+        """
+        runs = []
+        for k, statement_class in enumerate(self.classes):
+            owner = self.flow.owner(k)
+            is_forward = statement_class == "forward" and owner >= 0
+            runs.append(self.run_of[owner] if is_forward else -1)
+        for k in range(len(runs)):
+            runs[k] = self._run_of_operands(k, runs)
+        return runs
+
+    def _run_of_operands(self, statement: int, runs: Sequence[int]) -> int:
+        """The run of a statement: that of the operands which it alone reads from there, if its
+        results are no larger, else its own."""
+        own = runs[statement]
+        if not self._is_light(statement, self.place[statement]):
+            return own
+        made_in: set[tuple[int, int]] = set()
+        nbytes = -sum(self.nbytes[t] for t in self.flow.statements[statement].makes)
+        for t in self.flow.inputs[statement]:
+            k = self.flow.producer.get(t, -1)
+            others = [r for r in self._forward_readers(t) if r != statement]
+            if k >= 0 and all(runs[r] == runs[k] for r in others):
+                made_in.add((self.place[k], runs[k]))
+                nbytes += self.nbytes[t]
+        if len(made_in) != 1 or nbytes < 0:
+            return own
+        ((place, run),) = made_in
+        return run if run >= 0 and place == self.place[statement] else own
+
+    def _forward_readers(self, tensor: int) -> list[int]:
+        return [k for k in self.flow.readers[tensor] if self.classes[k] == "forward"]
 
     def _leaves_run(self, statement: int, tensor: int) -> bool:
         """Whether a forward value of a rematerialized run is read forward outside the run: it is
         stored, so that the next run starts from it.
         """
-        run = self.run_of[self.flow.owner(statement)]
-        for reader in self.flow.readers[tensor]:
-            owner = self.flow.owner(reader)
-            if self.classes[reader] == "forward" and (owner < 0 or self.run_of[owner] != run):
-                return True
-        return False
+        run = self.runs[statement]
+        return any(self.runs[reader] != run for reader in self._forward_readers(tensor))
 
     def _with_light_repeated(self, place: int, reads: set[int]) -> tuple[set[int], set[int]]:
         """(tensors to read, light forward statements to repeat) in place of the tensors `reads`.
 
         A light statement is repeated if its operands are read anyway, are smaller variables of the
-        place, or are together no larger than its result. Its result is then not stored from the
-        forward to the backward pass, and several results often come from the same operand.
+        place, or are together no larger than its result, in a rematerialized run smaller. Its
+        result is then not stored from the forward to the backward pass, and several results often
+        come from the same operand.
         """
         statements: set[int] = set()
         has_changed = True
@@ -563,17 +601,18 @@ class _Cutter:
                 operands, copied = self._inputs(self.flow.statements[k].reads)
                 new = [u for u in operands if u not in reads]
                 new = [u for u in new if not self._is_smaller_variable(u, t, place)]
-                if self._are_no_larger(new, t):
+                if self._are_smaller(new, t, or_equal=self.runs[k] < 0):
                     reads = (reads - {t}) | set(operands)
                     statements |= copied | {k}
                     has_changed = True
         return reads, statements
 
-    def _are_no_larger(self, operands: Sequence[int], tensor: int) -> bool:
-        """Whether computed tensors take at most the bytes of another one."""
+    def _are_smaller(self, operands: Sequence[int], tensor: int, or_equal: bool) -> bool:
+        """Whether computed tensors take fewer bytes than another one, or as many."""
         if any(u not in self.flow.producer for u in operands):
             return False
-        return sum(self.nbytes[u] for u in operands) <= self.nbytes[tensor]
+        nbytes = sum(self.nbytes[u] for u in operands)
+        return nbytes < self.nbytes[tensor] or (or_equal and nbytes == self.nbytes[tensor])
 
     def _is_light(self, statement: int, place: int) -> bool:
         is_here = self.classes[statement] == "forward" and self.place[statement] == place
