@@ -8,6 +8,7 @@ barrier waits for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jax.extend.mlir import ir
@@ -45,7 +46,7 @@ def split_barriers(module: ir.Module) -> None:
 
 def split_barrier(operands: list[Any], like: Any, group: int | str) -> list[Any]:
     """The results of a new barrier in front of an operation, split into siblings of one operand."""
-    siblings = [_barrier([operand], like) for operand in operands]
+    siblings = [barrier([operand], like) for operand in operands]
     mark(siblings, group)
     return [sibling.results[0] for sibling in siblings]
 
@@ -53,7 +54,7 @@ def split_barrier(operands: list[Any], like: Any, group: int | str) -> list[Any]
 def join_barriers(block: ir.Block) -> None:
     """Joins the barriers that `split_barriers` made, with their shardings."""
     for inner, barriers in sibling_groups(block, BARRIER):
-        joined = _barrier([barrier.operands[0] for barrier in barriers], barriers[-1])
+        joined = barrier([barrier.operands[0] for barrier in barriers], barriers[-1])
         shardings = [_sharding(barrier) for barrier in barriers]
         split = next(filter(None, shardings), "")
         if split:
@@ -65,7 +66,7 @@ def join_barriers(block: ir.Block) -> None:
         replace_siblings(inner, barriers, joined)
 
 
-def _barrier(operands: list[Any], like: Any) -> Any:
+def barrier(operands: Sequence[Any], like: Any) -> Any:
     """A barrier of operands, in front of another one and with its location."""
     return ir.Operation.create(
         BARRIER,

@@ -141,7 +141,7 @@ class Annotator:
 
     def argument_attribute(self, tensor: int) -> ir.DictAttr:
         """The attributes of an argument with a tensor's sharding."""
-        attribute = ir.Attribute.parse(self._text(self.layout.shardings[tensor]))
+        attribute = ir.Attribute.parse(self.text(self.layout.shardings[tensor]))
         return ir.DictAttr.get({"sdy.sharding": attribute})
 
     def _pin_whole(self, operation: Any, instruction: Instruction) -> None:
@@ -208,7 +208,7 @@ class Annotator:
         t = self.ids[value]
         if self.graph.tensors[t].shape and t not in self.pinned:
             self.pinned.add(t)
-            self._pinned(value, self._text(self.layout.shardings[t]))
+            self._pinned(value, self.text(self.layout.shardings[t]))
 
     def _axes_text(self, axes: Sequence[int]) -> str:
         names = ", ".join(f'"{self.mesh.axes[a].name}"' for a in axes)
@@ -234,10 +234,10 @@ class Annotator:
         value = self.values[t]
         pinned = self._pinned(value, f"#sdy.sharding<@{MESH}, {self._result_text(t)}>")
         if t in self.pending.totals:
-            self.values[t] = self._pinned(pinned, self._text(self.layout.shardings[t]))
+            self.values[t] = self._pinned(pinned, self.text(self.layout.shardings[t]))
             self.ids[self.values[t]] = t
 
-    def _text(self, sharding: Sharding) -> str:
+    def text(self, sharding: Sharding) -> str:
         if sharding not in self.texts:
             self.texts[sharding] = f"#sdy.sharding<@{MESH}, {self._dims_text(sharding)}>"
         return self.texts[sharding]
@@ -298,7 +298,7 @@ class Annotator:
             for total in wait.sums:
                 if total not in sums:
                     # XLA drops a value that nothing but the barrier reads.
-                    sums[total] = self._pinned(self.values[total[0]], self._text(total[1]))
+                    sums[total] = self._pinned(self.values[total[0]], self.text(total[1]))
                 values.append(sums[total])
                 shardings.append(total[1])
             barrier = self._barrier(values, shardings, reader)
@@ -358,7 +358,7 @@ class Annotator:
         return (source, *(step.result for step in steps))
 
     def _constrain(self, value: Any, sharding: Sharding) -> Any:
-        return self._constrained(value, self._text(sharding))
+        return self._constrained(value, self.text(sharding))
 
     def _pinned(self, value: Any, sharding: str) -> Any:
         """The result of a new constraint, which all readers of the value read instead."""

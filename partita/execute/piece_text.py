@@ -15,6 +15,7 @@ from jax.extend.mlir import ir
 from partita.capture import stablehlo
 from partita.capture.jax_functions import Text
 from partita.execute.annotate import Annotator, join_split
+from partita.execute.late_copies import LateCopies
 from partita.graph.operator_graph import OperatorGraph, Tensor
 from partita.plans.phases import DataFlow, Statement
 from partita.plans.pieces import Piece
@@ -136,11 +137,13 @@ def piece_text(
     name: str,
     annotator: Annotator | None,
     numbers: Mapping[tuple[int, int], float] = MappingProxyType({}),
+    runs: Sequence[int] = (),
 ) -> Text:
     """A piece as a function from the list of its `reads` to the list of its `gives`.
 
     With an annotator, the layout inside the piece is written into it. `numbers`: (statement,
-    position) -> a number in place of the constant operand there.
+    position) -> a number in place of the constant operand there. `runs`: the rematerialized run of
+    every statement, if the copies of a backward piece are to wait for gradients.
     """
     with stablehlo.context(), ir.Location.unknown():
         module = stablehlo.parse(text.mlir_module_serialized)
@@ -156,6 +159,11 @@ def piece_text(
         own = set(operations)
         _replace_interface(block, values, piece)
         _erase_others(block, own, kept)
+        if runs and piece.phase == "backward":
+            made = [t for k in piece.statements for t in flow.statements[k].makes]
+            tensors = {values[t]: t for t in (*piece.reads, *made)}
+            of_piece = {operations[k]: k for k in piece.statements}
+            LateCopies(block, flow, runs, of_piece, tensors, annotator).write()
         if annotator is not None:
             annotator.finish(block, flow.instructions(piece.statements))
         else:

@@ -41,7 +41,7 @@ from partita.plans.layout import Layout, layout_of, layout_over, shard_bytes
 from partita.plans.phases import DataFlow
 from partita.plans.pieces import Cut, cut
 from partita.plans.pipeline import Place
-from partita.plans.plan import Mesh, Plan
+from partita.plans.plan import Mesh, Plan, is_accelerator
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,10 @@ class StepInPieces:
             annotator = Annotator(graph, place.mesh, place.layout, own)
         name = f"{piece.phase}_{number}_of_place_{piece.place}"
         numbers = self._numbers
-        return piece_text(self.microbatch.text, self.cut.flow, piece, name, annotator, numbers)
+        runs = self.cut.runs if is_accelerator(self.plan.target) else ()
+        return piece_text(
+            self.microbatch.text, self.cut.flow, piece, name, annotator, numbers, runs
+        )
 
     @cached_property
     def _numbers(self) -> dict[tuple[int, int], float]:

@@ -13,6 +13,8 @@ import pytest
 from keras import layers
 
 import partita
+from partita.capture import stablehlo
+from partita.capture.barriers import BARRIER
 from partita.capture.functions import call_of, capture_call
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import ModelVariables, capture_model
@@ -105,6 +107,18 @@ def normalized() -> keras.Model:
     normal = layers.LayerNormalization(name="norm")(x)
     x = x + layers.Dense(16, name="left")(normal) * layers.Dense(16, name="right")(normal)
     return compiled(layers.Dense(8, name="out")(x), inputs)
+
+
+def residual() -> keras.Model:
+    """Three residual blocks with gates, on two tokens."""
+    inputs = keras.Input((16,))
+    x = layers.Dense(8, name="stem")(layers.Reshape((2, 8))(inputs))
+    for n in range(3):
+        y = layers.LayerNormalization(name=f"norm{n}")(x)
+        gate = layers.Dense(64, activation="sigmoid", name=f"gate{n}")(y)
+        y = layers.Dense(64, name=f"up{n}")(y) * gate
+        x = x + layers.Dense(8, name=f"down{n}")(y)
+    return compiled(layers.Dense(8, name="out")(layers.Flatten()(x)), inputs)
 
 
 def batch(model: keras.Model, count: int = 8):
@@ -277,6 +291,48 @@ def test_rematerialized_dropout_draws_the_same_mask():
     }
     assert repeated
     assert largest < 1e-6
+
+
+def rematerialized_blocks(graph, inner: str, first: str) -> Plan:
+    """A plan for GPUs that computes the blocks of `residual` again."""
+    runs = tuple((f"{first}{n}", f"down{n}") for n in range(3))
+    plan = BASELINES[inner](graph, "host", Mesh.of((1 if inner == "one device" else 2,)))
+    return replace(plan, microbatches=2, recompute=runs, target="cuda")
+
+
+@pytest.mark.parametrize("inner", ["one device", "data parallel", "ZeRO-3"])
+def test_runs_that_wait_for_gradients_equal_one_device(inner: str):
+    step, largest = compare(residual(), lambda graph: rematerialized_blocks(graph, inner, "up"))
+    assert largest < 1e-5
+    assert len(barriers_and_products(step)[0]) == 3
+
+
+@pytest.mark.parametrize("inner", ["one device", "data parallel"])
+def test_a_block_that_is_computed_again_stores_its_input_and_waits_for_a_gradient(inner: str):
+    model = residual()
+    captured = capture_model(model, batch(model), CaptureTarget.of("cuda"))
+    step = in_pieces(captured, rematerialized_blocks(captured.graph, inner, "norm"))
+    flow = step.cut.flow
+    (backward,) = (piece for piece in step.cut.pieces if piece.phase == "backward")
+    stored = [t for t in backward.reads if t in flow.producer]
+    shapes = [flow.graph.tensors[t].shape for t in stored]
+    assert shapes.count((4, 2, 8)) == 4  # the inputs of the stem and of each block
+    assert (4, 2, 64) not in shapes
+    barriers, products = barriers_and_products(step)
+    # The last block waits for the products of the head, and others for those of later blocks.
+    assert [sum(n < barrier for n in products) for barrier in barriers] == [2, 10, 18]
+
+
+def barriers_and_products(step) -> tuple[list[int], list[int]]:
+    """The positions of the barriers and products in the text of the backward piece."""
+    number = [piece.phase for piece in step.cut.pieces].index("backward")
+    with stablehlo.context():
+        module = stablehlo.parse(step.text(number).mlir_module_serialized)
+        names = [op.operation.name for op in stablehlo.main_block(module)]
+    return tuple(
+        [n for n, name in enumerate(names) if name == wanted]
+        for wanted in (BARRIER, "stablehlo.dot_general")
+    )
 
 
 @pytest.mark.parametrize("stem", [0, None], ids=["placed", "on all slices"])

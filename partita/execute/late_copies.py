@@ -1,0 +1,165 @@
+"""Copies of rematerialized runs that wait for the backward pass, in the text of a piece.
+
+A backward piece computes the forward values of its rematerialized runs again, from stored values
+alone. XLA:GPU may then compute all runs before the first gradient. So the copies of a run stand in
+front of their first reader, and read the stored values behind an optimization barrier that waits
+for the latest gradient before it (as `graph.rematerialize` does in one program).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from jax.extend.mlir import ir
+
+from partita.capture import stablehlo
+from partita.capture.barriers import barrier
+from partita.execute.annotate import Annotator
+from partita.plans.phases import DataFlow
+
+CONSTRAINT = "sdy.sharding_constraint"
+
+
+@dataclass(frozen=True)
+class LateCopies:
+    """Delays the copies of runs in the block of a backward piece."""
+
+    block: ir.Block
+    flow: DataFlow
+    runs: Sequence[int]
+    """[statement]: its rematerialized run, -1 for none."""
+    statements: Mapping[Any, int]
+    """Operation of the piece -> its statement."""
+    tensors: Mapping[Any, int]
+    """Value of the block -> its tensor."""
+    annotator: Annotator | None
+
+    def write(self) -> None:
+        """Moves the copies of every run behind a barrier."""
+        for members in self._members():
+            self._delay(members)
+
+    @cached_property
+    def _order(self) -> dict[Any, int]:
+        """Operation of the block -> its position, before copies move."""
+        return {op.operation: position for position, op in enumerate(self.block)}
+
+    @cached_property
+    def _copies(self) -> dict[Any, int]:
+        """Copied operation -> the rematerialized run of its statement."""
+        forward = {}
+        for operation, k in self.statements.items():
+            if self.flow.classes[k] == "forward":
+                forward[operation] = self.runs[k]
+        return forward
+
+    def _members(self) -> list[list[Any]]:
+        """Per run its copied operations in order, with reshards and copies that only they read, and
+        without those that copies of other runs read."""
+        members: dict[int, set[Any]] = defaultdict(set)
+        for operation, run in self._copies.items():
+            if run >= 0:
+                members[run].add(operation)
+        for own in members.values():
+            others = self._copies.keys() - own
+            for operation in reversed(self._order):
+                if operation.name != CONSTRAINT and operation not in self._copies:
+                    continue
+                users = self._users(operation)
+                if own.issuperset(users):
+                    own.add(operation)
+                elif not others.isdisjoint(users):
+                    own.discard(operation)
+                    others.add(operation)
+        return [sorted(own, key=self._order.__getitem__) for own in members.values()]
+
+    def _users(self, operation: Any) -> set[Any]:
+        """The operations of the block that read the results of one, also inside loops."""
+        users = set()
+        for result in operation.results:
+            for use in result.uses:
+                user = use.owner.operation
+                while user not in self._order:
+                    user = user.parent.operation
+                users.add(user)
+        return users
+
+    def _delay(self, members: Sequence[Any]) -> None:
+        """Moves copies in front of their first reader, behind a barrier."""
+        readers = set().union(*map(self._users, members)).difference(members)
+        first = min(readers, key=self._order.__getitem__)
+        gradient = self._gradient(self._order[first])
+        inputs = self._inputs(members)
+        if first in self._copies or gradient is None or not inputs:
+            return
+        readers_of_gradient = [
+            (use.owner.operation, use.operand_number)
+            for use in gradient.uses
+            if self._order.get(use.owner.operation, -1) >= self._order[first]
+        ]
+        behind = self._barrier([gradient, *inputs], first)
+        for operation, position in readers_of_gradient:
+            operation.operands[position] = behind[0]
+        copies = dict(zip(inputs, behind[1:], strict=True))
+        for operation in members:
+            stablehlo.replace_operands(operation, copies)
+            operation.move_before(first)
+
+    def _gradient(self, end: int) -> Any:
+        """The latest value of the backward pass before a position that is read from there on, None
+        if there is none."""
+        values = list(self.block.arguments)
+        for operation in list(self._order)[:end]:
+            values += operation.results
+        for value in reversed(values):
+            tensor = self._tensor(value, "backward")
+            if tensor < 0 or not self.flow.graph.tensors[tensor].shape:
+                continue
+            if self.annotator is not None and tensor in self.annotator.pending.axes:
+                continue
+            if any(self._order.get(use.owner.operation, -1) >= end for use in value.uses):
+                return value
+        return None
+
+    def _inputs(self, members: Sequence[Any]) -> list[Any]:
+        """The stored activations that copies read."""
+        made = {result for operation in members for result in operation.results}
+        read = dict.fromkeys(value for operation in members for value in operation.operands)
+        return [
+            value for value in read if value not in made and self._tensor(value, "forward") >= 0
+        ]
+
+    def _tensor(self, value: Any, of_class: str) -> int:
+        """The tensor of a value or of the reshard that it is, -1 if its statement has another
+        class."""
+        owner = value.owner
+        while not isinstance(owner, ir.Block) and owner.name == CONSTRAINT:
+            value = owner.operands[0]
+            owner = value.owner
+        tensor = self.tensors.get(value, -1)
+        producer = self.flow.producer.get(tensor, -1)
+        return tensor if producer >= 0 and self.flow.classes[producer] == of_class else -1
+
+    def _barrier(self, values: Sequence[Any], place: Any) -> Sequence[Any]:
+        """The results of a barrier of values in front of an operation."""
+        joined = barrier(values, place)
+        if self.annotator is not None:
+            texts = ", ".join(map(self._sharding, values))
+            joined.attributes["sdy.sharding"] = ir.Attribute.parse(
+                f"#sdy.sharding_per_value<[{texts}]>"
+            )
+        return list(joined.results)
+
+    def _sharding(self, value: Any) -> str:
+        """The sharding of a value, as an element of those of an operation."""
+        assert self.annotator is not None
+        owner = value.owner
+        if not isinstance(owner, ir.Block) and owner.name == CONSTRAINT:
+            text = str(owner.operation.attributes["sharding"])
+        else:
+            text = self.annotator.text(self.annotator.layout.shardings[self.tensors[value]])
+        return text.removeprefix("#sdy.sharding")
