@@ -3,6 +3,7 @@
     python benchmarks/staged_memory.py
     python benchmarks/staged_memory.py --stages 4 --microbatches 8 --only gpt,lstm
     python benchmarks/staged_memory.py --machine h100:16 --stages 4 --only gpt12
+    python benchmarks/staged_memory.py --machine h100:8 --only gpt12 --rematerialize
 
 Models with Adam, their operators in equal runs on the stages; the devices of a stage split samples.
 The rules of the simulator were found with dense, gpt and cnn; residual and lstm were not looked at.
@@ -13,8 +14,11 @@ only if it is named.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 os.environ["KERAS_BACKEND"] = "jax"
 
@@ -27,6 +31,8 @@ from partita.capture.targets import CaptureTarget
 from partita.execute.compilers.compiled_plan import compile_captured
 from partita.graph.operator_graph import Operator, OperatorGraph
 from partita.machine import Machine, host, load
+from partita.plans.check import check
+from partita.plans.pipeline import operator_stages
 from partita.plans.plan import Mesh, Plan
 from partita.search.find import mesh_of
 
@@ -123,7 +129,23 @@ def pipeline(graph: OperatorGraph, machine: Machine, stages: int, microbatches: 
         choices,
         batch_size=graph.batch_size,
         microbatches=microbatches,
+        target=graph.target,
     )
+
+
+def rematerialized(plan: Plan, graph: OperatorGraph) -> Plan:
+    """The plan with every block of a transformer computed again: a run from the norm in front of
+    an attention to the next one, or to the end of its stage."""
+    names = [operator.name for operator in graph.operators]
+    stages = operator_stages(graph, plan)
+    attentions = [n for n, name in enumerate(names) if re.search(r"attention\w*/query$", name)]
+    starts = [max(0, first - 1) for first in attentions]
+    runs = []
+    for first, end in itertools.pairwise([*starts, len(names) - 1]):
+        for _, part in itertools.groupby(range(first, end), key=stages.__getitem__):
+            numbers = list(part)
+            runs.append((names[numbers[0]], names[numbers[-1]]))
+    return replace(plan, recompute=tuple(runs))
 
 
 def choice(
@@ -153,14 +175,19 @@ def choice(
     return uses
 
 
-def peaks(name: str, machine: Machine, stages: int, microbatches: int) -> list[tuple[float, int]]:
-    """(planned, compiled) bytes of a device of every stage of a model."""
+def peaks(
+    name: str, machine: Machine, stages: int, microbatches: int, again: bool
+) -> list[tuple[float, int]]:
+    """(planned, compiled) bytes of a device of every stage of a model, its blocks computed again
+    if `again`."""
     model = MODELS[name]()
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     inputs = np.zeros((BATCH, *model.input_shape[1:]), model.inputs[0].dtype)
     targets = np.zeros((BATCH, *model.output_shape[1:-1]), "int32")
     captured = capture_model(model, (inputs, targets), CaptureTarget.of(machine.target))
     plan = pipeline(captured.graph, machine, stages, microbatches)
+    if again:
+        plan = check(rematerialized(plan, captured.graph), captured.graph)
     groups = compile_captured(captured, plan, machine).groups
     return [(planned, compiled) for planned, compiled in groups if planned is not None]
 
@@ -170,6 +197,9 @@ def main() -> int:
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--microbatches", type=int, default=4)
     parser.add_argument("--machine", help="by default a host with a device per stage")
+    parser.add_argument(
+        "--rematerialize", action="store_true", help="compute the blocks of transformers again"
+    )
     parser.add_argument("--only", help="names of models, separated by commas; by default all small")
     arguments = parser.parse_args()
     machine = host(arguments.stages, 8 << 30)
@@ -178,7 +208,13 @@ def main() -> int:
     names = arguments.only.split(",") if arguments.only else [n for n in MODELS if n != "gpt12"]
     print(f"{arguments.stages} stages, {arguments.microbatches} microbatches of {BATCH} samples")
     for name in names:
-        rows = peaks(name, machine, arguments.stages, arguments.microbatches)
+        rows = peaks(
+            name,
+            machine,
+            arguments.stages,
+            arguments.microbatches,
+            arguments.rematerialize,
+        )
         for stage, (planned, compiled) in enumerate(rows):
             ratio = planned / compiled
             megabytes = f"{planned / 1e6:8.3f} {compiled / 1e6:8.3f}"
