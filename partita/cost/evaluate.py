@@ -245,9 +245,12 @@ class _Evaluation:
                 self.microbatch_sum_seconds += seconds
                 continue
             share = reduction.waiting_nbytes / reduction.nbytes
-            self.waiting_sum_seconds += split.reduction_seconds(
-                reduction, factors, is_gradient, share
-            )
+            waiting = split.reduction_seconds(reduction, factors, is_gradient, share)
+            if sliced is not None and share != 1:
+                # A gradient in another dtype is converted in slices, for each microbatch.
+                self.microbatch_sum_seconds += np.where(sliced, seconds, 0.0)
+                waiting = np.where(sliced, 0.0, waiting)
+            self.waiting_sum_seconds += waiting
 
     def _sliced(
         self,

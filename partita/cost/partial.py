@@ -169,7 +169,9 @@ def unsummed(
             elif not keeps_elements(graph, instruction):
                 reduced = reduced_factors(instruction, operand_labels(graph, i))
                 splits.add(split_axes(layout, graph.home[value], reduced))
-        if len(splits) == 1 and all(splits):
+        # Of a value in slices (ZeRO), every device has the sum of its own slice only.
+        sliced = {axis for value in values for axes in layout.shardings[value] for axis in axes}
+        if len(splits) == 1 and all(splits) and sliced.isdisjoint(*splits):
             axes_of.update(dict.fromkeys(values, splits.pop()))
     return axes_of
 

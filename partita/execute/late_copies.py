@@ -19,7 +19,7 @@ from jax.extend.mlir import ir
 from partita.capture import stablehlo
 from partita.capture.barriers import barrier
 from partita.execute.annotate import Annotator
-from partita.plans.phases import DataFlow
+from partita.plans.phases import LIGHT, DataFlow
 
 CONSTRAINT = "sdy.sharding_constraint"
 
@@ -119,11 +119,19 @@ class LateCopies:
             tensor = self._tensor(value, "backward")
             if tensor < 0 or not self.flow.graph.tensors[tensor].shape:
                 continue
-            if self.annotator is not None and tensor in self.annotator.pending.axes:
-                continue
-            if any(self._order.get(use.owner.operation, -1) >= end for use in value.uses):
+            readers = [use.owner.operation for use in value.uses]
+            is_read = any(self._order.get(reader, -1) >= end for reader in readers)
+            if is_read and not self._is_partial(tensor, readers):
                 return value
         return None
+
+    def _is_partial(self, tensor: int, readers: Sequence[Any]) -> bool:
+        """Whether a tensor, or what light instructions compute from it, stays a sum of a device."""
+        if self.annotator is None:
+            return False
+        light = [reader for reader in readers if stablehlo.short(reader.name) in LIGHT]
+        made = {self.tensors.get(result, -1) for reader in light for result in reader.results}
+        return not self.annotator.pending.axes.keys().isdisjoint({tensor, *made})
 
     def _inputs(self, members: Sequence[Any]) -> list[Any]:
         """The stored activations that copies read."""

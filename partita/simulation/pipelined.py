@@ -30,7 +30,7 @@ from partita.cost.moves import (
     planned_moves,
 )
 from partita.cost.operator_terms import Move
-from partita.cost.partial import waiting_sums
+from partita.cost.partial import unsummed, waiting_sums
 from partita.cost.predict import OperatorPrediction, Prediction, build_prediction, with_energy
 from partita.cost.terms import Terms, cost_terms
 from partita.cost.work import local_flops
@@ -441,6 +441,8 @@ class PipelinedStep(SimulatedStep):
         microbatches = self.plan.microbatches
         time_axis = self.stage_plan.mesh.index.get(TIME, -1)
         waiting = waiting_sums(self.graph) if microbatches > 1 else {}
+        once = unsummed(self.graph, self.layout, dict.fromkeys(waiting.values()))
+        waiting = {t: gradient for t, gradient in waiting.items() if gradient in once}
         traffic: dict[str, float] = defaultdict(float)
         operator_bytes = np.zeros(len(self.graph.operators))
         for collective in over_microbatches(
