@@ -7,7 +7,7 @@ propagation decides nothing, and XLA's partitioner emits the planned collectives
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from jax.extend.mlir import ir
@@ -15,7 +15,7 @@ from jax.extend.mlir import ir
 from partita.capture import stablehlo
 from partita.capture.barriers import BARRIER, join_barriers
 from partita.capture.conditionals import CONDITIONALS, join_conditionals
-from partita.cost.early_sums import waits
+from partita.cost.early_sums import Wait, waits
 from partita.cost.partial import PendingSums, pending_sums
 from partita.cost.reshard import Axes, reshard_steps
 from partita.execute.local_calls import write_local_calls
@@ -66,9 +66,10 @@ class Annotator:
         mesh: Mesh,
         layout: Layout,
         partial: Mapping[int, Axes] | None = None,
+        instructions: Collection[int] | None = None,
     ) -> None:
         """`partial`: for a piece of a step, the tensors that stay sums of a device, and the axes
-        over which they are to be summed.
+        over which they are to be summed; `instructions` are those of the piece.
         """
         self.graph = graph
         self.mesh = mesh
@@ -80,6 +81,7 @@ class Annotator:
         self.pinned: set[int] = set()
         self.arguments = {a.tensor: a.path for a in graph.arguments}
         self.is_whole = partial is None
+        self.instructions = instructions
         pending = pending_sums(graph, layout) if partial is None else PendingSums(partial, {})
         self.pending = pending
 
@@ -281,16 +283,18 @@ class Annotator:
         for index, position, value in replacements:
             reader = terminator if index < 0 else self.operations[index]
             _set_operand(reader, position, value)
-        if self.is_whole:
-            self._add_waits(sums)
+        self._add_waits(sums)
 
     def _add_waits(self, sums: dict[tuple[int, Sharding], Any]) -> None:
         """Puts a barrier before every product that waits for sums of gradients.
 
-        `sums` are those that a reshard has computed: (gradient, its sharding) -> value.
+        `sums` are those that a reshard has computed: (gradient, its sharding) -> value. In a piece,
+        a product waits for sums of the piece alone.
         """
         for wait in waits(self.graph, self.layout):
             index, position = wait.reader
+            if not self._is_here(wait):
+                continue
             tensor = self.graph.instructions[index].operands[position]
             reader = self.operations[index]
             values = [reader.operands[position]]
@@ -303,6 +307,15 @@ class Annotator:
                 shardings.append(total[1])
             barrier = self._barrier(values, shardings, reader)
             reader.operands[position] = barrier.results[0]
+
+    def _is_here(self, wait: Wait) -> bool:
+        """Whether a product and the sums for which it waits are in the same program."""
+        if self.instructions is None:
+            return True
+        made_by = producers(self.graph)
+        summed = {total[0] for total in wait.sums}
+        needed = {wait.reader[0], *(made_by[tensor] for tensor in summed)}
+        return needed.issubset(self.instructions) and summed.isdisjoint(self.pending.axes)
 
     def _source(self, read: Read) -> Source:
         """The value that a read reshards. In a piece, nothing waits for a gradient."""

@@ -127,7 +127,8 @@ class StepInPieces:
             producer = self.cut.flow.producer
             sums = self.partial_sums.items()
             own = {t: axes for t, axes in sums if producer[t] in piece.statements}
-            annotator = Annotator(graph, place.mesh, place.layout, own)
+            instructions = set(self.cut.flow.instructions(piece.statements))
+            annotator = Annotator(graph, place.mesh, place.layout, own, instructions)
         name = f"{piece.phase}_{number}_of_place_{piece.place}"
         numbers = self._numbers
         runs = self.cut.runs if is_accelerator(self.plan.target) else ()

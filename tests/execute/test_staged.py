@@ -19,6 +19,7 @@ from partita.capture.functions import call_of, capture_call
 from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import ModelVariables, capture_model
 from partita.capture.targets import CaptureTarget
+from partita.cost import early_sums
 from partita.cost.partial import unsummed, waiting_sums
 from partita.errors import PlanError
 from partita.execute.devices import detect
@@ -323,6 +324,20 @@ def test_a_block_that_is_computed_again_stores_its_input_and_waits_for_a_gradien
     barriers, products = barriers_and_products(step)
     # The last block waits for the products of the head, and others for those of later blocks.
     assert [sum(n < barrier for n in products) for barrier in barriers] == [2, 10, 18]
+
+
+def test_products_of_a_piece_wait_for_sums_of_slices(monkeypatch: pytest.MonkeyPatch):
+    """ZeRO sums each microbatch's gradients, which XLA:GPU would delay to the end of the pass."""
+    monkeypatch.setattr(early_sums, "COMBINED_BYTES", 1)
+    monkeypatch.setattr(early_sums, "WAITING_PRODUCTS", 0)
+    model = residual(dtype="mixed_bfloat16")
+    captured = capture_model(model, batch(model), CaptureTarget.of("cuda"))
+    waiting = {}
+    for inner in ("data parallel", "ZeRO-3"):
+        plan = replace(rematerialized_blocks(captured.graph, inner, "norm"), recompute=())
+        waiting[inner] = len(barriers_and_products(in_pieces(captured, plan))[0])
+    assert waiting["data parallel"] == 0  # the update sums what the microbatches have added up
+    assert waiting["ZeRO-3"] > 3
 
 
 def barriers_and_products(step) -> tuple[list[int], list[int]]:
