@@ -57,7 +57,7 @@ class Annotator:
     """Writes a layout into modules of a captured program.
 
     In a piece of a step, a gradient is summed over devices where it is computed, besides those in
-    `partial`, and no reshard waits for a gradient.
+    `partial`, and reshards and products wait for gradients of the piece alone.
     """
 
     def __init__(
@@ -318,8 +318,11 @@ class Annotator:
         return needed.issubset(self.instructions) and summed.isdisjoint(self.pending.axes)
 
     def _source(self, read: Read) -> Source:
-        """The value that a read reshards. In a piece, nothing waits for a gradient."""
-        return read.tensor, read.after if self.is_whole else -1
+        """The value that a read reshards. In a piece, it waits for gradients of the piece alone."""
+        made_at = producers(self.graph).get(read.after, -1)
+        is_here = self.instructions is None or made_at in self.instructions
+        is_summed = self.is_whole or read.after not in self.pending.axes
+        return read.tensor, read.after if is_here and is_summed else -1
 
     def _behind(self, read: Read) -> Any:
         """The tensor of a read behind a barrier, which waits for the read's gradient.

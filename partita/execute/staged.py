@@ -9,7 +9,7 @@ places work at the same time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -127,8 +127,12 @@ class StepInPieces:
             producer = self.cut.flow.producer
             sums = self.partial_sums.items()
             own = {t: axes for t, axes in sums if producer[t] in piece.statements}
+            layout = place.layout
+            if self.plan.recompute:
+                # Copies wait as a run (`late_copies`), and a run gathers a parameter once.
+                layout = replace(layout, reads=tuple(replace(r, after=-1) for r in layout.reads))
             instructions = set(self.cut.flow.instructions(piece.statements))
-            annotator = Annotator(graph, place.mesh, place.layout, own, instructions)
+            annotator = Annotator(graph, place.mesh, layout, own, instructions)
         name = f"{piece.phase}_{number}_of_place_{piece.place}"
         numbers = self._numbers
         runs = self.cut.runs if is_accelerator(self.plan.target) else ()
