@@ -51,11 +51,11 @@ class LateCopies:
     @cached_property
     def _copies(self) -> dict[Any, int]:
         """Copied operation -> the rematerialized run of its statement."""
-        forward = {}
+        copies = {}
         for operation, k in self.statements.items():
-            if self.flow.classes[k] == "forward":
-                forward[operation] = self.runs[k]
-        return forward
+            if self.flow.classes[k] in ("forward", "copied"):
+                copies[operation] = self.runs[k]
+        return copies
 
     def _members(self) -> list[list[Any]]:
         """Per run its copied operations in order, with reshards and copies that only they read, and
