@@ -310,19 +310,23 @@ class Annotator:
 
     def _is_here(self, wait: Wait) -> bool:
         """Whether a product and the sums for which it waits are in the same program."""
-        if self.instructions is None:
+        if self.is_whole:
             return True
+        own = self.instructions or ()
         made_by = producers(self.graph)
         summed = {total[0] for total in wait.sums}
         needed = {wait.reader[0], *(made_by[tensor] for tensor in summed)}
-        return needed.issubset(self.instructions) and summed.isdisjoint(self.pending.axes)
+        return needed.issubset(own) and summed.isdisjoint(self.pending.axes)
 
     def _source(self, read: Read) -> Source:
         """The value that a read reshards. In a piece, it waits for gradients of the piece alone."""
-        made_at = producers(self.graph).get(read.after, -1)
-        is_here = self.instructions is None or made_at in self.instructions
-        is_summed = self.is_whole or read.after not in self.pending.axes
-        return read.tensor, read.after if is_here and is_summed else -1
+        if self.is_whole:
+            return read.tensor, read.after
+        own = self.instructions or ()
+        is_here = producers(self.graph).get(read.after, -1) in own
+        is_read = any(index in own for index, _ in read.readers)
+        is_waiting = is_here and is_read and read.after not in self.pending.axes
+        return read.tensor, read.after if is_waiting else -1
 
     def _behind(self, read: Read) -> Any:
         """The tensor of a read behind a barrier, which waits for the read's gradient.

@@ -191,8 +191,10 @@ def _erase_others(block: Any, own: set[Any], kept: set[Any]) -> None:
         if operation in kept:
             continue
         is_constraint = operation not in own
-        if is_constraint and any(list(result.uses) for result in operation.results):
+        is_read = any(list(result.uses) for result in operation.results)
+        if is_constraint and is_read:
             continue
+        assert not is_read, "a statement of the piece reads one of another piece"
         operation.erase()
 
 
