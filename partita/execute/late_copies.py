@@ -75,6 +75,9 @@ class LateCopies:
                 elif not others.isdisjoint(users):
                     own.discard(operation)
                     others.add(operation)
+            for operation in self._order:
+                if operation.name == CONSTRAINT and operation.operands[0].owner in own:
+                    own.add(operation)
         return [sorted(own, key=self._order.__getitem__) for own in members.values()]
 
     def _users(self, operation: Any) -> set[Any]:
