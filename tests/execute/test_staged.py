@@ -1,5 +1,6 @@
 """Steps in pieces equal the step on one device: stages, microbatches, places, rematerialization."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -324,6 +325,37 @@ def test_a_block_that_is_computed_again_stores_its_input_and_waits_for_a_gradien
     barriers, products = barriers_and_products(step)
     # The last block waits for the products of the head, and others for those of later blocks.
     assert [sum(n < barrier for n in products) for barrier in barriers] == [2, 10, 18]
+
+
+@pytest.mark.parametrize("is_again", [False, True])
+@pytest.mark.parametrize("inner", ["ZeRO-3", "tensor parallel with sequence"])
+def test_the_texts_of_pieces_with_waits_are_valid(inner: str, is_again: bool):
+    """Reshards, random bits and tied weights are read by copies and by others."""
+    tokens = keras.Input((4,), dtype="int32")
+    embedding = layers.ReversibleEmbedding(8, 16, dtype="mixed_bfloat16")
+    x = embedding(tokens)
+    for _ in range(2):
+        y = layers.RMSNormalization(dtype="mixed_bfloat16")(x)
+        y = layers.Dense(32, activation="gelu", dtype="mixed_bfloat16")(y)
+        x = x + layers.Dropout(0.1)(layers.Dense(16, dtype="mixed_bfloat16")(y))
+    model = compiled(embedding(x, reverse=True), tokens)
+    captured = capture_model(model, batch(model), CaptureTarget.of("cuda"))
+    graph = captured.graph
+    mesh = Mesh.of((2, 2, 2))
+    inside = BASELINES[inner](graph, "host", Mesh(mesh.axes[1:]))
+    choices = {
+        operator.name: {"a": f"at({stage})", **inside.choices[operator.name]}
+        for operator, stage in zip(graph.operators, halves(graph), strict=True)
+    }
+    plan = replace(inside, mesh=mesh, choices=choices, microbatches=2)
+    if is_again:
+        names = [operator.name for operator in graph.operators]
+        ends = (0, halves(graph).index(1), len(names))
+        runs = tuple((names[first], names[end - 1]) for first, end in itertools.pairwise(ends))
+        plan = replace(plan, recompute=runs)
+    step = in_pieces(captured, check(plan, graph))
+    for number in range(len(step.cut.pieces)):
+        step.text(number)  # verified when it is written
 
 
 def test_products_of_a_piece_wait_for_sums_of_slices(monkeypatch: pytest.MonkeyPatch):
