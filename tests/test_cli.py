@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -490,8 +491,13 @@ def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(
 
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     keep_interrupts()
+    # A shell has it ignored where tests run in the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.callbacks.append(interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        gc.collect()
-        for _ in range(500):
-            time.sleep(0.01)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gc.collect()
+            for _ in range(500):
+                time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGINT, before)
