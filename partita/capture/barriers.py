@@ -54,24 +54,28 @@ def split_barrier(operands: list[Any], like: Any, group: int | str) -> list[Any]
 def join_barriers(block: ir.Block) -> None:
     """Joins the barriers that `split_barriers` made, with their shardings."""
     for inner, barriers in sibling_groups(block, BARRIER):
-        joined = barrier([barrier.operands[0] for barrier in barriers], barriers[-1])
-        shardings = [_sharding(barrier) for barrier in barriers]
+        shardings = [_sharding(one) for one in barriers]
         split = next(filter(None, shardings), "")
         if split:
             # Scalars have no sharding of their own.
             whole = split.split(",")[0] + ", []>"
             shardings = [sharding or whole for sharding in shardings]
-            text = f"#sdy.sharding_per_value<[{', '.join(shardings)}]>"
-            joined.attributes["sdy.sharding"] = ir.Attribute.parse(text)
+        operands = [one.operands[0] for one in barriers]
+        joined = barrier(operands, barriers[-1], shardings if split else ())
         replace_siblings(inner, barriers, joined)
 
 
-def barrier(operands: Sequence[Any], like: Any) -> Any:
-    """A barrier of operands, in front of another one and with its location."""
+def barrier(operands: Sequence[Any], like: Any, shardings: Sequence[str] = ()) -> Any:
+    """A barrier of operands, in front of another operation and with its location.
+
+    `shardings`: those of its results in the text of `sdy`, `<@mesh, [...]>`; () for none.
+    """
+    text = f"#sdy.sharding_per_value<[{', '.join(shardings)}]>"
     return ir.Operation.create(
         BARRIER,
         results=[operand.type for operand in operands],
         operands=operands,
+        attributes={"sdy.sharding": ir.Attribute.parse(text)} if shardings else {},
         loc=like.location,
         ip=ir.InsertionPoint(like),
     )

@@ -13,7 +13,7 @@ from typing import Any
 from jax.extend.mlir import ir
 
 from partita.capture import stablehlo
-from partita.capture.barriers import BARRIER, join_barriers
+from partita.capture.barriers import barrier, join_barriers
 from partita.capture.conditionals import CONDITIONALS, join_conditionals
 from partita.cost.early_sums import Wait, waits
 from partita.cost.partial import PendingSums, pending_sums
@@ -25,6 +25,7 @@ from partita.plans.layout import Layout, Read, Sharding
 from partita.plans.plan import Mesh
 
 MESH = "partita_mesh"
+CONSTRAINT = "sdy.sharding_constraint"
 LOOPS = {"while", "case", "if"}
 
 Source = tuple[int, int]
@@ -66,7 +67,7 @@ class Annotator:
         mesh: Mesh,
         layout: Layout,
         partial: Mapping[int, Axes] | None = None,
-        instructions: Collection[int] | None = None,
+        instructions: Collection[int] = (),
     ) -> None:
         """`partial`: for a piece of a step, the tensors that stay sums of a device, and the axes
         over which they are to be summed; `instructions` are those of the piece.
@@ -305,26 +306,24 @@ class Annotator:
                     sums[total] = self._pinned(self.values[total[0]], self.text(total[1]))
                 values.append(sums[total])
                 shardings.append(total[1])
-            barrier = self._barrier(values, shardings, reader)
-            reader.operands[position] = barrier.results[0]
+            behind = self._barrier(values, shardings, reader)
+            reader.operands[position] = behind.results[0]
 
     def _is_here(self, wait: Wait) -> bool:
         """Whether a product and the sums for which it waits are in the same program."""
         if self.is_whole:
             return True
-        own = self.instructions or ()
         made_by = producers(self.graph)
         summed = {total[0] for total in wait.sums}
         needed = {wait.reader[0], *(made_by[tensor] for tensor in summed)}
-        return needed.issubset(own) and summed.isdisjoint(self.pending.axes)
+        return needed.issubset(self.instructions) and summed.isdisjoint(self.pending.axes)
 
     def _source(self, read: Read) -> Source:
         """The value that a read reshards. In a piece, it waits for gradients of the piece alone."""
         if self.is_whole:
             return read.tensor, read.after
-        own = self.instructions or ()
-        is_here = producers(self.graph).get(read.after, -1) in own
-        is_read = any(index in own for index, _ in read.readers)
+        is_here = producers(self.graph).get(read.after, -1) in self.instructions
+        is_read = any(index in self.instructions for index, _ in read.readers)
         is_waiting = is_here and is_read and read.after not in self.pending.axes
         return read.tensor, read.after if is_waiting else -1
 
@@ -343,27 +342,20 @@ class Annotator:
         is_first = computed_at.get(read.tensor, -1) < computed_at[read.after]
         last = values[is_first].owner.operation
         shardings = [self.layout.shardings[t] for t in tensors]
-        barrier = self._barrier(values, shardings, last)
-        barrier.move_after(last)
+        behind = self._barrier(values, shardings, last)
+        behind.move_after(last)
         available = max(computed_at.get(tensor, -1) for tensor in tensors)
         for index, position in readers_of(self.graph)[read.after]:
             if index > available:
-                self.operations[index].operands[position] = barrier.results[1]
-        return barrier.results[0]
+                self.operations[index].operands[position] = behind.results[1]
+        return behind.results[0]
 
     def _barrier(
         self, values: Sequence[Any], shardings: Sequence[Sharding], place: ir.Operation
     ) -> ir.Operation:
         """A barrier of values under these shardings, before the instruction `place`."""
-        texts = ", ".join(f"<@{MESH}, {self._dims_text(sharding)}>" for sharding in shardings)
-        return ir.Operation.create(
-            BARRIER,
-            results=[value.type for value in values],
-            operands=values,
-            attributes={"sdy.sharding": ir.Attribute.parse(f"#sdy.sharding_per_value<[{texts}]>")},
-            loc=place.location,
-            ip=ir.InsertionPoint(place),
-        )
+        texts = [f"<@{MESH}, {self._dims_text(sharding)}>" for sharding in shardings]
+        return barrier(values, place, texts)
 
     def _chain(self, read: Read) -> Chain:
         """The shardings of a read's reshard."""
@@ -392,7 +384,7 @@ class Annotator:
         is_argument = isinstance(owner, ir.Block)
         block = owner if is_argument else owner.operation.block
         constraint = ir.Operation.create(
-            "sdy.sharding_constraint",
+            CONSTRAINT,
             results=[value.type],
             operands=[value],
             attributes={"sharding": ir.Attribute.parse(sharding)},

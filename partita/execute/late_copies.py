@@ -18,10 +18,8 @@ from jax.extend.mlir import ir
 
 from partita.capture import stablehlo
 from partita.capture.barriers import barrier
-from partita.execute.annotate import Annotator
+from partita.execute.annotate import CONSTRAINT, Annotator
 from partita.plans.phases import LIGHT, DataFlow
-
-CONSTRAINT = "sdy.sharding_constraint"
 
 
 @dataclass(frozen=True)
@@ -64,12 +62,13 @@ class LateCopies:
         for operation, run in self._copies.items():
             if run >= 0:
                 members[run].add(operation)
+        users_of = {}
+        for operation in reversed(self._order):
+            if operation.name == CONSTRAINT or operation in self._copies:
+                users_of[operation] = self._users(operation)
         for own in members.values():
             others = self._copies.keys() - own
-            for operation in reversed(self._order):
-                if operation.name != CONSTRAINT and operation not in self._copies:
-                    continue
-                users = self._users(operation)
+            for operation, users in users_of.items():
                 if own.issuperset(users):
                     own.add(operation)
                 elif not others.isdisjoint(users):
@@ -157,13 +156,8 @@ class LateCopies:
 
     def _barrier(self, values: Sequence[Any], place: Any) -> Sequence[Any]:
         """The results of a barrier of values in front of an operation."""
-        joined = barrier(values, place)
-        if self.annotator is not None:
-            texts = ", ".join(map(self._sharding, values))
-            joined.attributes["sdy.sharding"] = ir.Attribute.parse(
-                f"#sdy.sharding_per_value<[{texts}]>"
-            )
-        return list(joined.results)
+        shardings = [] if self.annotator is None else list(map(self._sharding, values))
+        return list(barrier(values, place, shardings).results)
 
     def _sharding(self, value: Any) -> str:
         """The sharding of a value, as an element of those of an operation."""
