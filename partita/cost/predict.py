@@ -214,11 +214,12 @@ def predict(
     terms: Terms | None = None,
     layout: Layout | None = None,
     costs: Sequence[OperatorCost] | None = None,
+    peak: PeakMemory | None = None,
 ) -> Prediction:
     """The prediction of a plan whose operators run one after the other on all devices, nothing
     overlapping.
 
-    `terms`, `layout` and the operators' `costs` are computed unless given.
+    `terms`, `layout`, the operators' `costs` and `peak` are computed unless given.
     """
     terms = terms or cost_terms(graph, machine.backend)
     layout = layout or layout_of(graph, plan)
@@ -252,7 +253,8 @@ def predict(
         plan,
         machine,
         operators=operators,
-        memory=memory(graph, plan.mesh, layout, machine.backend, device_bytes=machine.memory_bytes),
+        memory=peak
+        or memory(graph, plan.mesh, layout, machine.backend, device_bytes=machine.memory_bytes),
         traffic=traffic,
         flops=local_flops(graph, plan.mesh, layout, machine.backend, traffic=planned),
     )

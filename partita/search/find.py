@@ -774,7 +774,9 @@ def _noted(request: _Request, result: PlanResult) -> PlanResult:
     """The result with the notes of its plan, and its prediction and bounds in the plan."""
     notes = [*result.plan.notes, *request.graph.notes]
     notes += _speedup(request, result)
-    notes += memory_notes(request.graph, request.machine, result.plan, result.prediction)
+    notes += memory_notes(
+        request.graph, request.machine, result.plan, result.prediction, result.network.terms
+    )
     if not is_one_program(result.plan):
         notes.append(IN_PIECES)
     else:

@@ -10,25 +10,34 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from partita.cost.predict import Prediction
+from partita.cost.terms import Terms
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import Machine
 from partita.plans.plan import Plan, offload_text, storage_texts
-from partita.simulation.simulate import predicted
+from partita.simulation.base import SimulatedStep
+from partita.simulation.simulate import simulated_step
 from partita.units import format_bytes, format_seconds
 
 
 def memory_notes(
-    graph: OperatorGraph, machine: Machine, plan: Plan, prediction: Prediction
+    graph: OperatorGraph,
+    machine: Machine,
+    plan: Plan,
+    prediction: Prediction,
+    terms: Terms | None = None,
 ) -> list[str]:
-    """A note per means that a plan uses: the seconds that it costs, the bytes that it frees."""
+    """A note per means that a plan uses: the seconds that it costs, the bytes that it frees.
+
+    `terms`: the graph's cost terms.
+    """
     return [
-        f"{means}: {_difference(predicted(graph, machine, plain), prediction)}"
+        f"{means}: {_difference(simulated_step(graph, machine, plain, terms), prediction)}"
         for means, plain in _means(plan)
     ]
 
 
-def _difference(plain: Prediction, prediction: Prediction) -> str:
-    """The seconds that a prediction adds to a plain one, and the bytes that it frees, as text."""
+def _difference(plain: SimulatedStep, prediction: Prediction) -> str:
+    """The seconds that a prediction adds to a plain step, and the bytes that it frees, as text."""
     added = prediction.seconds - plain.seconds
     if added >= 0:
         change = f"adds {format_seconds(added)} to"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from partita.cost.evaluate import OperatorCost, operator_costs
+from partita.cost.memory import PeakMemory, memory
 from partita.cost.moves import Placement
 from partita.cost.predict import Prediction, predict, with_energy
 from partita.cost.terms import Terms
@@ -83,7 +84,18 @@ class UniformStep(SimulatedStep):
 
     @property
     def peak_bytes(self) -> int:
-        return self._sum.memory.peak
+        return self._memory.peak
+
+    @cached_property
+    def _memory(self) -> PeakMemory:
+        """Peak memory of a device."""
+        return memory(
+            self.graph,
+            self.plan.mesh,
+            self.layout,
+            self.machine.backend,
+            device_bytes=self.machine.memory_bytes,
+        )
 
     @cached_property
     def _sum(self) -> Prediction:
@@ -95,6 +107,7 @@ class UniformStep(SimulatedStep):
             self.terms,
             self.layout,
             self.costs,
+            self._memory,
         )
 
     def prediction(self) -> Prediction:
