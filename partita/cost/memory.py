@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from partita.cost.backends import compiler_of
-from partita.cost.backends.base import Kernel, ProductShape, TableAccess
+from partita.cost.backends.base import Kernel, TableAccess
 from partita.cost.collectives import DEFAULT, collectives, emitted_sums
 from partita.cost.early_sums import early_sums, update_gradients
 from partita.cost.fusion import ALONE, Fusion, fused_under, kernel_reads
@@ -34,7 +34,7 @@ from partita.cost.partial import split_axes
 from partita.cost.recomputed import Lifetime, Recomputable, drops
 from partita.cost.reshard import Axes
 from partita.cost.sums import LaidOutProgram
-from partita.cost.work import filled_ratio, group_factors
+from partita.cost.work import filled_ratio, group_factors, product_shape
 from partita.graph.clones import BARRIER
 from partita.graph.flat import Reader, readers_of
 from partita.graph.images import images
@@ -702,7 +702,9 @@ class _Allocator:
         for i, instruction in enumerate(self.graph.instructions):
             if instruction.name != "dot_general" or instruction.rule is None:
                 continue
-            work_space = self.compiler.work_space_bytes(self._product_shape(i))
+            work_space = self.compiler.work_space_bytes(
+                product_shape(self.graph, self.mesh, self.layout, i)
+            )
             if work_space:
                 result = instruction.results[0]
                 stop = i
@@ -711,35 +713,6 @@ class _Allocator:
                 elif result in late:
                     stop = backward[-1]
                 self._add(result, work_space, i, stop, WORK_SPACE)
-
-    def _product_shape(self, i: int) -> ProductShape:
-        """The local sizes of a dot_general."""
-        instruction = self.graph.instructions[i]
-        rule = instruction.rule
-        assert rule is not None, "products have a rule"
-        size: dict[int, int] = {}
-        """Factor of the rule -> its local size."""
-        for position, (tensor, mapping) in enumerate(
-            zip(instruction.operands, rule.operands, strict=True)
-        ):
-            sharding = self.layout.targets.get((i, position), self.layout.shardings[tensor])
-            shape = local_shape(self.graph.tensors[tensor].shape, sharding, self.mesh.sizes)
-            for local_size, factors in zip(shape, mapping, strict=True):
-                if factors:
-                    size[factors[0]] = min(size.get(factors[0], local_size), local_size)
-        left, right = (
-            {factors[0] for factors in mapping if factors} for mapping in rule.operands[:2]
-        )
-        summed = set(rule.reduction)
-
-        def product_of(factors: set[int]) -> int:
-            return math.prod(size[factor] for factor in factors)
-
-        return ProductShape(
-            product_of(left - right - summed),
-            product_of(right - left - summed),
-            product_of(summed & size.keys()),
-        )
 
     def add_transposed_copies(self) -> None:
         """Adds the copies that XLA:CPU transposes for the gradients of convolutions."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from partita.cost.backends import compiler_of
+from partita.cost.backends.base import Compiler, ProductShape
 from partita.cost.collectives import DEFAULT, Collective, Reach, collectives, reaches
 from partita.cost.fusion import fused_under
 from partita.cost.image_pieces import piece_ratios
@@ -27,7 +28,7 @@ from partita.graph.operator_graph import (
     producers,
 )
 from partita.machine import Backend
-from partita.plans.layout import Layout, Sharding
+from partita.plans.layout import Layout, Sharding, local_shape
 from partita.plans.plan import Mesh
 
 
@@ -70,6 +71,7 @@ def local_flops(
         if any(assignment.get(factor) for factor in computation.table_rows):
             # Devices read rows that they do not have, and then select zeros instead.
             total += result_size * kernels * trips / shards.of_sharding(results[0])
+        flops *= _padding_ratio(graph, mesh, layout, compiler, computation.instruction)
         if instruction.windows:
             split = [
                 (reach.window, math.prod(mesh.sizes[axis] for axis in assignment[reach.factor]))
@@ -102,6 +104,47 @@ def local_flops(
             trips = 1 if loops_once else collective.trips
             total += collective.nbytes / collective.itemsize * trips
     return total
+
+
+def product_shape(graph: OperatorGraph, mesh: Mesh, layout: Layout, i: int) -> ProductShape:
+    """The local sizes of a dot_general."""
+    instruction = graph.instructions[i]
+    rule = instruction.rule
+    assert rule is not None, "products have a rule"
+    size: dict[int, int] = {}
+    """Factor of the rule -> its local size."""
+    for position, (tensor, mapping) in enumerate(
+        zip(instruction.operands, rule.operands, strict=True)
+    ):
+        sharding = layout.targets.get((i, position), layout.shardings[tensor])
+        shape = local_shape(graph.tensors[tensor].shape, sharding, mesh.sizes)
+        for local_size, factors in zip(shape, mapping, strict=True):
+            if factors:
+                size[factors[0]] = min(size.get(factors[0], local_size), local_size)
+    left, right = ({factors[0] for factors in mapping if factors} for mapping in rule.operands[:2])
+    summed = set(rule.reduction)
+
+    def product_of(factors: set[int]) -> int:
+        return math.prod(size[factor] for factor in factors)
+
+    return ProductShape(
+        product_of(left - right - summed),
+        product_of(right - left - summed),
+        product_of(summed & size.keys()),
+    )
+
+
+def _padding_ratio(
+    graph: OperatorGraph, mesh: Mesh, layout: Layout, compiler: Compiler, i: int
+) -> float:
+    """Multiplications of a product as a compiler pads it, over those without padding."""
+    instruction = graph.instructions[i]
+    if instruction.name != "dot_general" or instruction.rule is None:
+        return 1.0
+    product = product_shape(graph, mesh, layout, i)
+    dtypes = [graph.tensors[tensor].dtype for tensor in instruction.operands[:2]]
+    padded = compiler.padded_product(product, dtypes)
+    return padded.multiplications / max(product.multiplications, 1)
 
 
 def _window_ratio(

@@ -403,6 +403,32 @@ def test_products_of_a_gpu_have_work_space(mlp):
     assert 30 << 20 < peaks[0] - peaks[1] < 33 << 20
 
 
+@pytest.mark.parametrize(
+    ("machine", "dtype", "sizes"),
+    [
+        ("h100:4", "bfloat16", (32, 72, 40)),
+        ("a100:4", "float16", (32, 72, 40)),
+        ("v100:4", "bfloat16", (25, 70, 36)),
+        ("h100:4", "float32", (25, 70, 36)),
+        ("tpu-v5e:4", "bfloat16", (25, 70, 36)),
+    ],
+)
+def test_the_local_dims_of_products_of_16_bits_are_padded_on_a_gpu(machine, dtype, sizes):
+    """As compiled for H100s: bf16[480,6] of a gate is bf16[480,8], products with vectors stay."""
+
+    def step(w, v, x):
+        return w - 1, v - 1, x @ w, x @ v, jnp.einsum("bi,bj->bij", x, x)
+
+    shapes = ((70, 36), (70,), (100, 70))
+    args = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    graph = capture_program(step, args=args).graph
+    device = load(machine)
+    plan = BASELINES["data parallel"](graph, machine, mesh_of(device))
+    flops = local_flops(graph, plan.mesh, layout_of(graph, plan), device.backend)
+    elementwise = 70 * 36 + 70
+    assert flops - elementwise == 2 * (math.prod(sizes) + 25 * 70 + 25 * 70 * 70)
+
+
 def test_work_space_ends_with_the_gradient_that_a_product_waits_for(monkeypatch):
     """The dense layer's, which the convolutions before it wait for."""
     monkeypatch.setattr(early_sums, "COMBINED_BYTES", 0)

@@ -146,6 +146,11 @@ class ProductShape:
     columns: int
     summed: int
 
+    @property
+    def multiplications(self) -> int:
+        """Products of two elements."""
+        return self.rows * self.columns * self.summed
+
 
 @dataclass(frozen=True)
 class Compiler(ABC):
@@ -234,6 +239,10 @@ class Compiler(ABC):
     def work_space_bytes(self, product: ProductShape) -> int:
         """Memory that the kernel of a product asks for beside its operands and its result."""
         return 0
+
+    def padded_product(self, product: ProductShape, dtypes: Sequence[str]) -> ProductShape:
+        """The sizes with which a product is computed, given the dtypes of its two operands."""
+        return product
 
     def temporary_bytes(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -25,6 +26,12 @@ LONGEST_CHAIN = 24
 SMALLEST_CUBLAS_PRODUCT = 100
 """Summed elements times rows and columns, below which XLA writes a kernel of its own
 (xla_gpu_gemm_rewrite_size_threshold)."""
+
+PADDED_SINCE = {"float16": 7, "bfloat16": 8}
+"""Dtype of operands -> major number of the first compute capability with tensor cores for it
+(CublasPaddingRequirements)."""
+PADDED_MULTIPLE = 8
+"""Rows, columns and summed elements of such products are multiples of it."""
 
 PROGRAM_SHARE = 0.8
 """The part of a device's memory that a program's buffers may take (GetSchedulerMemoryLimit)."""
@@ -89,10 +96,31 @@ class XlaGpu(XlaAccelerator):
         """The work space of cuBLAS, which XLA allocates for each product while it runs."""
         if (product.rows + product.columns) * product.summed < SMALLEST_CUBLAS_PRODUCT:
             return 0
+        return WORK_SPACE_BYTES if self._is_before(HOPPER) else HOPPER_WORK_SPACE_BYTES
+
+    def _is_before(self, major: int) -> bool:
+        """Whether the device is older than a compute capability."""
         capability = self.backend.compute_capability
-        is_older = capability and float(capability) < HOPPER
-        return WORK_SPACE_BYTES if is_older else HOPPER_WORK_SPACE_BYTES
+        return bool(capability) and float(capability) < major
+
+    def padded_product(self, product: ProductShape, dtypes: Sequence[str]) -> ProductShape:
+        """Products of 16 bits are padded with zeros for tensor cores (CublasPadForGemms), unless an
+        operand is a vector."""
+        left, right = dtypes
+        has_vector = 1 in (product.rows, product.columns, product.summed)
+        if left != right or left not in PADDED_SINCE or has_vector:
+            return product
+        if self._is_before(PADDED_SINCE[left]):
+            return product
+        return ProductShape(
+            _padded(product.rows), _padded(product.columns), _padded(product.summed)
+        )
 
     def temporary_limit_bytes(self, device_bytes: float, argument_bytes: int) -> float:
         """The limit of its scheduler."""
         return LIMIT_SLOP * max(0.0, PROGRAM_SHARE * device_bytes - argument_bytes)
+
+
+def _padded(size: int) -> int:
+    """The next multiple of PADDED_MULTIPLE."""
+    return -(-size // PADDED_MULTIPLE) * PADDED_MULTIPLE
