@@ -3,16 +3,17 @@
 A backward piece computes the forward values of its rematerialized runs again, from stored values
 alone. XLA:GPU may then compute all runs before the first gradient. So the copies of a run stand in
 front of their first reader, and read the stored values behind an optimization barrier that waits
-for the latest gradient before it (as `graph.rematerialize` does in one program).
+for the latest gradient before it (as `graph.rematerialize` does in one program). The gathers of
+stored parameters that copies read wait for an earlier gradient (`plans.layout.PREFETCHED`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.extend.mlir import ir
 
@@ -20,6 +21,24 @@ from partita.capture import stablehlo
 from partita.capture.barriers import barrier
 from partita.execute.annotate import CONSTRAINT, Annotator
 from partita.plans.phases import LIGHT, DataFlow
+from partita.plans.piece_graph import prefetching_gradient
+
+
+class _Delay(NamedTuple):
+    """The copies of a run, and what they wait for."""
+
+    members: Sequence[Any]
+    """The copied operations, with their reshards."""
+    first: Any
+    """The operation of the backward pass before which they stand."""
+    gradient: Any
+    """The value for which they wait."""
+    inputs: Sequence[Any]
+    """Stored activations that they read."""
+    gathers: Sequence[Sequence[Any]]
+    """The reshards of stored parameters that they read, each as its constraints in order."""
+    earlier: Any
+    """The gradient for which these wait, None for none."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +57,10 @@ class LateCopies:
 
     def write(self) -> None:
         """Moves the copies of every run behind a barrier."""
-        for members in self._members():
-            self._delay(members)
+        delays = [delay for delay in map(self._delay_of, self._members()) if delay is not None]
+        for delay in delays:
+            self._move(delay)
+            self._gather_late(delay)
 
     @cached_property
     def _order(self) -> dict[Any, int]:
@@ -90,26 +111,99 @@ class LateCopies:
                 users.add(user)
         return users
 
-    def _delay(self, members: Sequence[Any]) -> None:
-        """Moves copies in front of their first reader, behind a barrier."""
+    def _delay_of(self, members: Sequence[Any]) -> _Delay | None:
+        """The delay of the copies of a run, None if they cannot wait."""
         readers = set().union(*map(self._users, members)).difference(members)
         first = min(readers, key=self._order.__getitem__)
         gradient = self._gradient(self._order[first])
         inputs = self._inputs(members)
         if first in self._copies or gradient is None or not inputs:
-            return
+            return None
+        gathers = self._gathers(set(members), first)
+        earlier = self._earlier_gradient(first) if gathers else None
+        of_slices = self._made_from(steps[0].operands[0] for steps in gathers)
+        late = [operation for operation in members if operation not in of_slices]
+        return _Delay(late, first, gradient, inputs, gathers, earlier)
+
+    def _move(self, delay: _Delay) -> None:
+        """Moves copies in front of their first reader, behind a barrier."""
+        gradient, first = delay.gradient, delay.first
         readers_of_gradient = [
             (use.owner.operation, use.operand_number)
             for use in gradient.uses
             if self._order.get(use.owner.operation, -1) >= self._order[first]
         ]
-        behind = self._barrier([gradient, *inputs], first)
+        behind = self._barrier([gradient, *delay.inputs], first)
         for operation, position in readers_of_gradient:
             operation.operands[position] = behind[0]
-        copies = dict(zip(inputs, behind[1:], strict=True))
-        for operation in members:
+        copies = dict(zip(delay.inputs, behind[1:], strict=True))
+        for operation in delay.members:
             stablehlo.replace_operands(operation, copies)
             operation.move_before(first)
+
+    def _gather_late(self, delay: _Delay) -> None:
+        """Moves the gathers of a run behind a barrier of their slices."""
+        gradient = delay.earlier
+        if gradient is None:
+            return
+        place = gradient.owner.operation
+        slices = [steps[0].operands[0] for steps in delay.gathers]
+        behind = self._barrier([gradient, *slices], place)
+        last = behind[0].owner.operation
+        last.move_after(place)
+        gradient.replace_all_uses_except(behind[0], last)
+        for steps, part in zip(delay.gathers, behind[1:], strict=True):
+            steps[0].operands[0] = part
+            for step in steps:
+                step.move_after(last)
+                last = step
+
+    def _gathers(self, members: Set[Any], first: Any) -> list[Sequence[Any]]:
+        """The reshards of variables that copies read, and that nothing before `first` reads."""
+        gathers = []
+        for operation in self._order:
+            if operation.name != CONSTRAINT:
+                continue
+            if not self.flow.is_variable(self.tensors.get(operation.operands[0], -1)):
+                continue
+            steps, readers = self._reshard(operation)
+            is_early = any(self._order[r] < self._order[first] for r in readers - members)
+            is_gather = len({str(step.attributes["sharding"]) for step in steps}) > 1
+            if is_gather and not is_early and readers & members:
+                gathers.append(steps)
+        return gathers
+
+    def _made_from(self, values: Iterable[Any]) -> set[Any]:
+        """The operations of the block that compute values."""
+        operations: set[Any] = set()
+        waiting = list(values)
+        while waiting:
+            owner = waiting.pop().owner
+            if not isinstance(owner, ir.Block) and owner not in operations:
+                operations.add(owner)
+                waiting += owner.operands
+        return operations
+
+    def _earlier_gradient(self, first: Any) -> Any:
+        """The gradient for which the gathers of a run wait, None for none."""
+        tensor = prefetching_gradient(self.flow, self.statements.get(first, -1))
+        for value, own in self.tensors.items():
+            if own == tensor and not isinstance(value.owner, ir.Block):
+                readers = [use.owner.operation for use in value.uses]
+                return None if self._is_partial(tensor, readers) else value
+        return None
+
+    def _reshard(self, constraint: Any) -> tuple[list[Any], set[Any]]:
+        """(the constraints of a reshard from its first one on, the readers of their values)."""
+        steps = [constraint]
+        readers: set[Any] = set()
+        for step in steps:
+            for user in self._users(step):
+                if user.name == CONSTRAINT:
+                    steps.append(user)
+                else:
+                    readers.add(user)
+        return steps, readers
 
     def _gradient(self, end: int) -> Any:
         """The latest value of the backward pass before a position that is read from there on, None

@@ -39,6 +39,7 @@ from partita.execute.slots import SlotOutput, SlotRun, SlotSchedule, slot_schedu
 from partita.execute.transport import Between, Local, SharedOutput
 from partita.plans.layout import Layout, layout_of, layout_over, shard_bytes
 from partita.plans.phases import DataFlow
+from partita.plans.piece_graph import gathers_of_runs
 from partita.plans.pieces import Cut, cut
 from partita.plans.pipeline import Place
 from partita.plans.plan import Mesh, Plan, is_accelerator
@@ -128,17 +129,26 @@ class StepInPieces:
             sums = self.partial_sums.items()
             own = {t: axes for t, axes in sums if producer[t] in piece.statements}
             layout = place.layout
-            if self.plan.recompute:
-                # Copies wait as a run (`late_copies`), and a run gathers a parameter once.
-                layout = replace(layout, reads=tuple(replace(r, after=-1) for r in layout.reads))
+            if self.late_runs and piece.phase == "backward":
+                # `late_copies` writes what the gathers of runs wait for.
+                late = gathers_of_runs(self.cut.flow, piece, layout.reads, self.late_runs)
+                reads = [
+                    replace(r, after=-1) if (r.tensor, r.target) in late else r
+                    for r in layout.reads
+                ]
+                layout = replace(layout, reads=tuple(reads))
             instructions = set(self.cut.flow.instructions(piece.statements))
             annotator = Annotator(graph, place.mesh, layout, own, instructions)
         name = f"{piece.phase}_{number}_of_place_{piece.place}"
         numbers = self._numbers
-        runs = self.cut.runs if is_accelerator(self.plan.target) else ()
         return piece_text(
-            self.microbatch.text, self.cut.flow, piece, name, annotator, numbers, runs
+            self.microbatch.text, self.cut.flow, piece, name, annotator, numbers, self.late_runs
         )
+
+    @property
+    def late_runs(self) -> Sequence[int]:
+        """[statement]: its rematerialized run, () where copies wait for no gradient."""
+        return self.cut.runs if is_accelerator(self.plan.target) else ()
 
     @cached_property
     def _numbers(self) -> dict[tuple[int, int], float]:

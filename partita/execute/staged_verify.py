@@ -138,7 +138,8 @@ def planned_piece(step: StepInPieces, number: int) -> tuple[OperatorGraph, Place
     """A piece as a graph, and its layout on its place."""
     piece = step.cut.pieces[number]
     place = step.layouts[piece.place]
-    graph, layout = piece_graph(step.cut.flow, piece, place.layout, step.cut.summed, ())
+    flow, runs = step.cut.flow, step.late_runs
+    graph, layout = piece_graph(flow, piece, place.layout, step.cut.summed, (), runs)
     reads = (*layout.reads, *returned_reads(graph, place.layout))
     return graph, PlaceLayout(place.mesh, replace(layout, reads=reads))
 

@@ -89,6 +89,13 @@ class DataFlow:
         starts = [statement.instruction for statement in self.statements]
         return [*starts, len(self.graph.instructions)]
 
+    def is_variable(self, tensor: int) -> bool:
+        """Whether a tensor is a variable of the step, or the conversion of one."""
+        producer = self.producer.get(tensor, -1)
+        if producer >= 0 and self.instruction(producer).name == "convert":
+            (tensor,) = self.statements[producer].reads
+        return self.roles.get(tensor, "batch") != "batch"
+
     def owner(self, statement: int) -> int:
         """The operator of a statement, -1 for none."""
         return self.graph.owner[self.statements[statement].instruction]

@@ -6,11 +6,13 @@ outside of it: each of its results takes the place of an argument.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
+from partita.graph.flat import Reader
 from partita.graph.operator_graph import Argument, Instruction, Loop, OperatorGraph, Use
-from partita.plans.layout import Layout, Read
+from partita.plans.layout import Layout, Read, Sharding, prefetching_product
 from partita.plans.phases import DataFlow
 from partita.plans.pieces import Piece
 
@@ -21,13 +23,79 @@ def piece_graph(
     layout: Layout,
     summed: Collection[int],
     late: Collection[int],
+    runs: Sequence[int] = (),
 ) -> tuple[OperatorGraph, Layout]:
     """(the graph of a piece, its layout).
 
     Statements run in program order, but those in `late` directly before their first reader.
-    Results in `summed` are added to a sum over the microbatches.
+    Results in `summed` are added to a sum over the microbatches. `runs`: the rematerialized run of
+    every statement, if the copies of a backward piece wait for gradients.
     """
+    if runs and piece.phase == "backward":
+        layout = replace(layout, reads=_gathered_once(flow, piece, layout.reads, runs))
     return _PieceGraph(flow, piece, layout, summed, late).build()
+
+
+def prefetching_gradient(flow: DataFlow, reader: int) -> int:
+    """The gradient after which the gathers of a rematerialized run begin, -1 for none.
+
+    `reader` is the first statement of the backward pass that reads a value of the run.
+    """
+    if reader < 0:
+        return -1
+    product = prefetching_product(flow.graph, flow.statements[reader].instruction)
+    return -1 if product < 0 else flow.graph.instructions[product].results[0]
+
+
+def gathers_of_runs(
+    flow: DataFlow, piece: Piece, reads: Iterable[Read], runs: Sequence[int]
+) -> dict[tuple[int, Sharding], int]:
+    """(variable, its sharding behind the gather) -> a statement of a backward piece.
+
+    Copies of a rematerialized run read the variable there, and gradients read the same gather. The
+    statement is the first of the backward pass that reads a value of the run.
+    """
+    run_of = {i: runs[k] for k in piece.statements for i in flow.instructions([k])}
+    first = _first_readers(flow, piece, runs)
+    gathers: dict[tuple[int, Sharding], int] = {}
+    for read in reads:
+        key = (read.tensor, read.target)
+        for i, _ in read.readers if flow.is_variable(read.tensor) else ():
+            run = run_of.get(i, -1)
+            if run in first:
+                gathers[key] = min(first[run], gathers.get(key, first[run]))
+    return gathers
+
+
+def _gathered_once(
+    flow: DataFlow, piece: Piece, reads: Sequence[Read], runs: Sequence[int]
+) -> tuple[Read, ...]:
+    """The reads of a step for a backward piece: copies of a run and gradients read one gather."""
+    gathers = gathers_of_runs(flow, piece, reads, runs)
+    readers: dict[tuple[int, Sharding], tuple[Reader, ...]] = defaultdict(tuple)
+    for read in reads:
+        readers[read.tensor, read.target] += read.readers
+    once: dict[object, Read] = {}
+    for read in reads:
+        key = (read.tensor, read.target)
+        if key in gathers:
+            after = prefetching_gradient(flow, gathers[key])
+            once[key] = replace(read, readers=readers[key], after=after)
+        else:
+            once[len(once)] = read
+    return tuple(once.values())
+
+
+def _first_readers(flow: DataFlow, piece: Piece, runs: Sequence[int]) -> dict[int, int]:
+    """Run -> the first statement of the backward pass that reads one of its values."""
+    own = set(piece.statements)
+    first: dict[int, int] = {}
+    for k in piece.statements:
+        for t in flow.statements[k].makes if runs[k] >= 0 else ():
+            for reader in own.intersection(flow.readers[t]):
+                if flow.classes[reader] == "backward":
+                    first[runs[k]] = min(reader, first.get(runs[k], reader))
+    return first
 
 
 def returned_reads(graph: OperatorGraph, layout: Layout) -> tuple[Read, ...]:

@@ -85,6 +85,7 @@ class ShapeCosts:
         backward_exchange = row["exchange", "backward"]
         forward = compute + exchange
         exposed_forward = compute + self.exposed_share * exchange
+        read_again = np.where(row["gather", "backward"] > 0, gather_forward, 0.0)
         exposed_exchange = self.exposed_share * backward_exchange
         activations = network.activations[operator]
         variables = network.problem.nbytes[operator] - activations
@@ -93,6 +94,8 @@ class ShapeCosts:
             forward=forward,
             exposed=exposed_forward + backward_compute + exposed_exchange,
             exposed_forward=exposed_forward,
+            repeated=forward - read_again,
+            exposed_repeated=exposed_forward - read_again,
             once=once,
             fixed=variables + network.gradients[operator],
             activations=activations * self.stored_share,
@@ -111,7 +114,7 @@ class ShapeCosts:
         nbytes: dict[int, np.ndarray] = {}
         for kind, figures in zip(problem.kinds, self.figures, strict=True):
             if kind not in seconds:
-                microbatch = figures.microbatch + extra_forward * figures.forward
+                microbatch = figures.microbatch + extra_forward * figures.repeated
                 seconds[kind] = microbatch * shape.passes + figures.once
                 nbytes[kind] = figures.fixed + figures.activations * in_flight
         tables: dict[int, np.ndarray] = {}
@@ -189,8 +192,8 @@ class ShapeCosts:
         rematerialized = np.zeros(runs.count)
         rematerialized[list(division.rematerialized)] = 1.0
         begins = [0, *(end + 1 for end in division.ends[:-1])]
-        run_seconds = figures.microbatch + rematerialized * figures.forward
-        run_exposed = figures.exposed + rematerialized * figures.exposed_forward
+        run_seconds = figures.microbatch + rematerialized * figures.repeated
+        run_exposed = figures.exposed + rematerialized * figures.exposed_repeated
         stage_seconds = np.add.reduceat(run_seconds, begins)
         exposed = np.add.reduceat(run_exposed, begins)
         once = np.add.reduceat(figures.once, begins)

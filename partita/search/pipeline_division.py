@@ -85,6 +85,11 @@ class OperatorFigures:
     """Exposed seconds of one microbatch."""
     exposed_forward: np.ndarray
     """Of these, seconds of the forward pass."""
+    repeated: np.ndarray
+    """Seconds of a forward pass that is computed again. Its copies read the parameters that are
+    gathered for the backward pass."""
+    exposed_repeated: np.ndarray
+    """Of these, exposed seconds."""
     once: np.ndarray
     """Seconds once a step: the update, sums of gradients, gathering of parameters."""
     fixed: np.ndarray
@@ -164,7 +169,7 @@ class Runs:
     def _kinds(self, figures: OperatorFigures) -> list[_RunKind]:
         """Runs by their gain, the best first. The last run is left out: it is needed at once."""
         freed = (figures.activations - np.array(self.entering)).tolist()
-        seconds = (figures.forward * self.shape.microbatches).tolist()
+        seconds = (figures.repeated * self.shape.microbatches).tolist()
         groups: dict[tuple[str, str], list[int]] = {}
         for run in range(self.count - 1):
             if freed[run] > 0:

@@ -213,7 +213,16 @@ class PipelinedStep(SimulatedStep):
         )
         once = np.array([self._once_per_step(slot) for slot in step.slots])
         forward = np.array([slot.phase == "forward" for slot in step.slots]) & ~once
-        repeated = forward & np.array([self._rematerialized(slot) for slot in step.slots])
+        gathered_again = {
+            slot.operator
+            for slot in step.slots
+            if slot.kind == "gather" and slot.phase == "backward"
+        }
+        repeated = np.zeros(len(step.slots), bool)
+        for n, slot in enumerate(step.slots):
+            # Copies and gradients read one gather.
+            is_gathered_later = slot.kind == "gather" and slot.operator in gathered_again
+            repeated[n] = forward[n] and self._rematerialized(slot) and not is_gathered_later
         stage_of_slot = np.array([self._stage_of_slot(slot) for slot in step.slots])
         update_sums = np.zeros(len(seconds))
         """Sums over devices in front of the update, by a program of their own."""

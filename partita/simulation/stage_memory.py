@@ -240,9 +240,9 @@ class PieceMemories:
             len(piece.reads),
         )
         if key not in self._cache:
-            graph, layout = piece_graph(
-                self.cut.flow, piece, self.layout, self._summed, self._late_statements(piece)
-            )
+            late = self._late_statements(piece)
+            runs = self.cut.runs if late else ()
+            graph, layout = piece_graph(self.cut.flow, piece, self.layout, self._summed, late, runs)
             peak = memory(graph, self.mesh, layout, self.backend, None, self.device_bytes)
             arguments = peak.parameters + peak.optimizer + peak.state + peak.batch
             nbytes = peak.peak - arguments + self._copied_slots(piece)

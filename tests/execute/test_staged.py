@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import optax
 import pytest
+from jax.extend.mlir import ir
 from keras import layers
 
 import partita
@@ -27,7 +28,13 @@ from partita.execute.devices import detect
 from partita.execute.dispatch import TransferAction, changed_meanings, joint_updates
 from partita.execute.program import runnable_step
 from partita.execute.staged import StagedStep, in_pieces
-from partita.execute.staged_verify import check_staged, place_peaks, planned_peaks, transfer_bytes
+from partita.execute.staged_verify import (
+    check_staged,
+    place_peaks,
+    planned_peaks,
+    planned_piece,
+    transfer_bytes,
+)
 from partita.machine import host
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
@@ -308,7 +315,7 @@ def rematerialized_blocks(graph, inner: str, first: str) -> Plan:
 def test_runs_that_wait_for_gradients_equal_one_device(inner: str):
     step, largest = compare(residual(), lambda graph: rematerialized_blocks(graph, inner, "up"))
     assert largest < 1e-5
-    assert len(barriers_and_products(step)[0]) == 3
+    assert len(products_before_copies(step)) == 3
 
 
 @pytest.mark.parametrize("inner", ["one device", "data parallel", "ZeRO-3"])
@@ -322,9 +329,24 @@ def test_a_block_that_is_computed_again_stores_its_input_and_waits_for_a_gradien
     shapes = [flow.graph.tensors[t].shape for t in stored]
     assert shapes.count((4, 2, 8)) == 3  # the inputs of the blocks
     assert (4, 2, 64) not in shapes
-    barriers, products = barriers_and_products(step)
     # The last block waits for the products of the head, and others for those of later blocks.
-    assert [sum(n < barrier for n in products) for barrier in barriers] == [2, 10, 18]
+    assert products_before_copies(step) == [2, 10, 18]
+
+
+def test_copies_and_gradients_read_one_gather_that_waits_for_a_gradient():
+    model = residual(dtype="mixed_bfloat16")
+    captured = capture_model(model, batch(model), CaptureTarget.of("cuda"))
+    step = in_pieces(captured, rematerialized_blocks(captured.graph, "ZeRO-3", "norm"))
+    number = [piece.phase for piece in step.cut.pieces].index("backward")
+    flow, (_, place) = step.cut.flow, planned_piece(step, number)
+    gathers = [read for read in place.layout.reads if flow.is_variable(read.tensor)]
+    assert len({(read.tensor, read.target) for read in gathers}) == len(gathers)
+    # The last block and the head have fewer products before them than a gather takes.
+    planned = [read.tensor for read in gathers if read.after >= 0]
+    wide = [t for t in planned if sorted(flow.graph.tensors[t].shape) == [8, 64]]
+    assert len(wide) == 6
+    waiting = [kind for _, kinds in operations_of_backward_piece(step, BARRIER) for kind in kinds]
+    assert waiting.count("tensor<8x64xbf16>") == 2 and waiting.count("tensor<64x8xbf16>") == 2
 
 
 @pytest.mark.parametrize("is_again", [False, True])
@@ -367,21 +389,35 @@ def test_products_of_a_piece_wait_for_sums_of_slices(monkeypatch: pytest.MonkeyP
     waiting = {}
     for inner in ("data parallel", "ZeRO-3"):
         plan = replace(rematerialized_blocks(captured.graph, inner, "norm"), recompute=())
-        waiting[inner] = len(barriers_and_products(in_pieces(captured, plan))[0])
+        waiting[inner] = len(operations_of_backward_piece(in_pieces(captured, plan), BARRIER))
     assert waiting["data parallel"] == 0  # the update sums what the microbatches have added up
     assert waiting["ZeRO-3"] > 3
 
 
-def barriers_and_products(step) -> tuple[list[int], list[int]]:
-    """The positions of the barriers and products in the text of the backward piece."""
+def operations_of_backward_piece(step, *names: str) -> list[tuple[str, dict[str, bool]]]:
+    """(name, type of each operand -> whether it is an argument) of operations of the backward
+    piece with these names, in order."""
     number = [piece.phase for piece in step.cut.pieces].index("backward")
+    operations = []
     with stablehlo.context():
         module = stablehlo.parse(step.text(number).mlir_module_serialized)
-        names = [op.operation.name for op in stablehlo.main_block(module)]
-    return tuple(
-        [n for n, name in enumerate(names) if name == wanted]
-        for wanted in (BARRIER, "stablehlo.dot_general")
-    )
+        for op in stablehlo.main_block(module):
+            if op.operation.name in names:
+                types = {str(v.type): isinstance(v.owner, ir.Block) for v in op.operands}
+                operations.append((op.operation.name, types))
+    return operations
+
+
+def products_before_copies(step) -> list[int]:
+    """For every barrier of a stored activation, the products before it."""
+    counts = []
+    products = 0
+    for name, operands in operations_of_backward_piece(step, BARRIER, "stablehlo.dot_general"):
+        if name != BARRIER:
+            products += 1
+        elif any(is_argument and "4x2x8x" in kind for kind, is_argument in operands.items()):
+            counts.append(products)
+    return counts
 
 
 @pytest.mark.parametrize("stem", [0, None], ids=["placed", "on all slices"])

@@ -50,6 +50,8 @@ def runs(shape: PipelineShape, count: int, schedule: str) -> Runs:
         forward=ones,
         exposed=3 * ones,
         exposed_forward=ones,
+        repeated=ones,
+        exposed_repeated=ones,
         once=zeros,
         fixed=zeros,
         activations=zeros,

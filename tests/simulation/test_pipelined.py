@@ -262,6 +262,24 @@ def test_gradients_of_several_microbatches_are_summed_alone_before_the_update() 
         assert update_seconds == pytest.approx(once.passes[stage].update)
 
 
+def test_copies_and_gradients_of_a_microbatch_wait_for_one_gather(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipelined, "DISPATCH_SECONDS", 0.0)
+    graph, where = replace(GRAPHS["transformer"], target="cuda"), machine()
+    names = [operator.name for operator in graph.operators]
+    added = {}
+    for name in ("data parallel", "ZeRO-3"):
+        plan = replace(BASELINES[name](graph, where.name, mesh_of(where)), microbatches=4)
+        again = replace(plan, recompute=((names[6], names[14]),))
+        plain, repeated = (
+            PipelinedStep.of(graph, where, check(p, graph)).passes[0].backward
+            for p in (plan, again)
+        )
+        added[name] = repeated - plain
+    assert added["ZeRO-3"] == pytest.approx(added["data parallel"])
+
+
 def test_the_timeline_has_a_row_per_stage_and_the_predicted_length() -> None:
     graph, where = GRAPHS["transformer"], machine(0.5)
     plan = in_two(graph, where, microbatches=4)
