@@ -46,6 +46,7 @@ _TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(
     r"(?:to_apply|calls|called_computations=\{|true_computation|false_computation)=?%?([\w.\-]+)"
 )
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CALLS = ("call", "conditional", "fusion", "async-start")
 
 
@@ -145,7 +146,8 @@ class HloModule:
                     yield from self._visits(body[1], loop_trips, is_fused, visit)
             elif instruction.opcode in _CALLS:
                 inside = is_fused or instruction.opcode == "fusion"
-                for called in _CALLED.findall(line):
+                branches = _OPERAND.findall(_name(_BRANCHES, line))
+                for called in [*_CALLED.findall(line), *branches]:
                     yield from self._visits(called, trips, inside, visit)
 
     def _loop_trips(self, line: str) -> int:

@@ -65,6 +65,21 @@ ENTRY %main.1 (param: f32[4,64]) -> f32[4,64] {
   %while.201 = (s32[], f32[4,64]) while(%tuple.97), condition=%c, body=%wide.region_0.0_spmd.clone.sunk, backend_config={"known_trip_count":{"n":"3"}}
 }
 """
+BRANCHES = """
+HloModule jit_call, is_scheduled=true
+
+%region_0.0_spmd (param.1: f32[64,2048]) -> f32[] {
+  %all-gather = f32[256,2048]{1,0} all-gather(%param.1), channel_id=1, replica_groups=mesh['axis_0'=4] {'axis_0'}, dimensions={0}, use_global_device_ids=true
+}
+
+%region_1.0_spmd (param.2: f32[64,2048]) -> f32[] {
+  %all-reduce = f32[]{:T(128)} all-reduce(%reduce.1), channel_id=2, replica_groups=mesh['axis_0'=4] {'axis_0'}, use_global_device_ids=true, to_apply=%add
+}
+
+ENTRY %main.1 (param: f32[64,2048]) -> f32[] {
+  %conditional = f32[] conditional(%convert, %param, %param), branch_computations={%region_0.0_spmd, %region_1.0_spmd}
+}
+"""
 
 
 def brief(text):
@@ -104,3 +119,10 @@ def test_a_fusion_of_a_sum_and_a_slice_is_a_reduce_scatter():
 
 def test_trips_are_read_from_the_loop_or_from_its_condition():
     assert [row[3] for row in brief(TPU_LOOP)] == [32, 3]
+
+
+def test_collectives_of_all_branches_of_a_conditional_count():
+    assert brief(BRANCHES) == [
+        ("all_gather", 256 * 2048 * 4, 4, 1, ""),
+        ("all_reduce", 4, 4, 1, ""),
+    ]
