@@ -33,6 +33,8 @@ class _Delay(NamedTuple):
     """The operation of the backward pass before which they stand."""
     gradient: Any
     """The value for which they wait."""
+    readers: Sequence[tuple[Any, int]]
+    """(operation, position of its operand): the later readers of this value."""
     inputs: Sequence[Any]
     """Stored activations that they read."""
     gathers: Sequence[Sequence[Any]]
@@ -123,23 +125,23 @@ class LateCopies:
         earlier = self._earlier_gradient(first) if gathers else None
         of_slices = self._made_from(steps[0].operands[0] for steps in gathers)
         late = [operation for operation in members if operation not in of_slices]
-        return _Delay(late, first, gradient, inputs, gathers, earlier)
-
-    def _move(self, delay: _Delay) -> None:
-        """Moves copies in front of their first reader, behind a barrier."""
-        gradient, first = delay.gradient, delay.first
         readers_of_gradient = [
             (use.owner.operation, use.operand_number)
             for use in gradient.uses
             if self._order.get(use.owner.operation, -1) >= self._order[first]
         ]
-        behind = self._barrier([gradient, *delay.inputs], first)
-        for operation, position in readers_of_gradient:
-            operation.operands[position] = behind[0]
+        return _Delay(late, first, gradient, readers_of_gradient, inputs, gathers, earlier)
+
+    def _move(self, delay: _Delay) -> None:
+        """Moves copies in front of their first reader, behind a barrier."""
+        behind = self._barrier([delay.gradient, *delay.inputs], delay.first)
+        for operation, position in delay.readers:
+            if operation.operands[position] == delay.gradient:
+                operation.operands[position] = behind[0]
         copies = dict(zip(delay.inputs, behind[1:], strict=True))
         for operation in delay.members:
             stablehlo.replace_operands(operation, copies)
-            operation.move_before(first)
+            operation.move_before(delay.first)
 
     def _gather_late(self, delay: _Delay) -> None:
         """Moves the gathers of a run behind a barrier of their slices."""
@@ -206,7 +208,7 @@ class LateCopies:
         return steps, readers
 
     def _gradient(self, end: int) -> Any:
-        """The latest value of the backward pass before a position that is read from there on, None
+        """The latest value of the backward pass before a position that it reads from there on, None
         if there is none."""
         values = list(self.block.arguments)
         for operation in list(self._order)[:end]:
@@ -216,10 +218,15 @@ class LateCopies:
             if tensor < 0 or not self.flow.graph.tensors[tensor].shape:
                 continue
             readers = [use.owner.operation for use in value.uses]
-            is_read = any(self._order.get(reader, -1) >= end for reader in readers)
+            is_read = any(self._order.get(r, -1) >= end and self._is_backward(r) for r in readers)
             if is_read and not self._is_partial(tensor, readers):
                 return value
         return None
+
+    def _is_backward(self, operation: Any) -> bool:
+        """Whether an operation is a statement of the backward pass."""
+        statement = self.statements.get(operation, -1)
+        return statement >= 0 and self.flow.classes[statement] == "backward"
 
     def _is_partial(self, tensor: int, readers: Sequence[Any]) -> bool:
         """Whether a tensor, or what light instructions compute from it, stays a sum of a device."""

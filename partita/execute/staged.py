@@ -39,7 +39,7 @@ from partita.execute.slots import SlotOutput, SlotRun, SlotSchedule, slot_schedu
 from partita.execute.transport import Between, Local, SharedOutput
 from partita.plans.layout import Layout, layout_of, layout_over, shard_bytes
 from partita.plans.phases import DataFlow
-from partita.plans.piece_graph import gathers_of_runs
+from partita.plans.piece_graph import backward_reads, gathers_of_runs
 from partita.plans.pieces import Cut, cut
 from partita.plans.pipeline import Place
 from partita.plans.plan import Mesh, Plan, is_accelerator
@@ -131,10 +131,11 @@ class StepInPieces:
             layout = place.layout
             if self.late_runs and piece.phase == "backward":
                 # `late_copies` writes what the gathers of runs wait for.
-                late = gathers_of_runs(self.cut.flow, piece, layout.reads, self.late_runs)
+                flow, runs = self.cut.flow, self.late_runs
+                late = gathers_of_runs(flow, piece, layout.reads, runs)
                 reads = [
                     replace(r, after=-1) if (r.tensor, r.target) in late else r
-                    for r in layout.reads
+                    for r in backward_reads(flow, piece, layout.reads, runs)
                 ]
                 layout = replace(layout, reads=tuple(reads))
             instructions = set(self.cut.flow.instructions(piece.statements))

@@ -32,7 +32,7 @@ def piece_graph(
     every statement, if the copies of a backward piece wait for gradients.
     """
     if runs and piece.phase == "backward":
-        layout = replace(layout, reads=_gathered_once(flow, piece, layout.reads, runs))
+        layout = replace(layout, reads=backward_reads(flow, piece, layout.reads, runs))
     return _PieceGraph(flow, piece, layout, summed, late).build()
 
 
@@ -67,10 +67,14 @@ def gathers_of_runs(
     return gathers
 
 
-def _gathered_once(
+def backward_reads(
     flow: DataFlow, piece: Piece, reads: Sequence[Read], runs: Sequence[int]
 ) -> tuple[Read, ...]:
-    """The reads of a step for a backward piece: copies of a run and gradients read one gather."""
+    """The reads of a step for a backward piece with copies of runs.
+
+    Copies of a run and gradients read one gather. No gather waits for a copied product, as those of
+    the forward pass do for the original.
+    """
     gathers = gathers_of_runs(flow, piece, reads, runs)
     readers: dict[tuple[int, Sharding], tuple[Reader, ...]] = defaultdict(tuple)
     for read in reads:
@@ -78,9 +82,12 @@ def _gathered_once(
     once: dict[object, Read] = {}
     for read in reads:
         key = (read.tensor, read.target)
+        producer = flow.producer.get(read.after, -1)
         if key in gathers:
             after = prefetching_gradient(flow, gathers[key])
             once[key] = replace(read, readers=readers[key], after=after)
+        elif producer >= 0 and flow.classes[producer] == "forward":
+            once[len(once)] = replace(read, after=-1)
         else:
             once[len(once)] = read
     return tuple(once.values())
