@@ -14,7 +14,7 @@ from jax.extend.mlir import deserialize_portable_artifact, ir
 
 from partita.capture.barriers import drop_barriers, split_barriers
 from partita.capture.conditionals import split_conditionals
-from partita.capture.fused_products import split_fused_products
+from partita.capture.fused_products import PAD, split_fused_products
 from partita.capture.instructions import adds, dot_dims
 from partita.capture.names import location_name, phase_of
 from partita.capture.stablehlo import (
@@ -61,6 +61,7 @@ def _prepared(module: ir.Module, platform: str) -> bytes:
     run(module, "builtin.module(cse)")
     _fold_transposes(module)
     _fold_sums(module)
+    _drop_empty_pads(module)
     if platform != "cpu":
         split_fused_products(module)
     split_barriers(module)
@@ -264,6 +265,31 @@ def _widen_product(convert: Any) -> None:
     convert.results[0].replace_all_uses_with(product.results[0])
     convert.erase()
     dot.erase()
+
+
+# ---- padding
+
+
+def _drop_empty_pads(module: ir.Module) -> None:
+    """Removes pads that add nothing, and the slices that take all of a value.
+
+    JAX writes both around the gradient of pooling whose windows cover the image.
+    """
+    for operation in list(walk(main_block(module))):
+        if operation.name == PAD:
+            paddings = ("edge_padding_low", "edge_padding_high", "interior_padding")
+            is_empty = not any(
+                size
+                for name in paddings
+                for size in ir.DenseI64ArrayAttr(operation.attributes[name])
+            )
+        elif operation.name == "stablehlo.slice":
+            is_empty = operation.operands[0].type == operation.results[0].type
+        else:
+            continue
+        if is_empty:
+            operation.results[0].replace_all_uses_with(operation.operands[0])
+            operation.erase()
 
 
 # ---- constants

@@ -14,6 +14,9 @@ stay in memory until then:
 - The loss, for whose number no gradient waits, is computed at the end of the backward pass where
   its sum over devices is joined with the sums of gradients.
 
+Kernels that need nothing of the backward pass, the zeros and the positions of a pooling's gradient,
+take the room that is left, and run earlier than in program order.
+
 Two kinds of reductions:
 
 - One that is joined with another kernel runs with it and is not delayed (`cost.joined`). Nothing is
@@ -29,7 +32,7 @@ Other kernels that read it, such as the product for the gradient of a weight, wa
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -225,8 +228,7 @@ def _delayed_products(
             times.add(max(products))
     if len(dtypes) > 1:
         times.add(_end_of_backward(graph))
-    room = KERNELS_PER_COLLECTIVE if dtypes else GRADIENTS_PER_COLLECTIVE
-    return delayed | _beside(waiting, times, room)
+    return delayed | _beside(waiting, times, _room(graph, layout, fused))
 
 
 def _beside(waiting: Sequence[tuple[int, ...]], times: Iterable[int], room: int) -> dict[int, int]:
@@ -240,6 +242,39 @@ def _beside(waiting: Sequence[tuple[int, ...]], times: Iterable[int], room: int)
             delayed.update(dict.fromkeys(products, time))
             left.remove(products)
     return delayed
+
+
+def independent_times(
+    graph: OperatorGraph,
+    layout: Layout,
+    fused: Fusion,
+    delayed: Mapping[int, Delay],
+    scatters: Iterable[int],
+) -> dict[int, int]:
+    """Scatter of a gradient of pooling -> the instruction before which kernels run that only it
+    waits for, and that need nothing of the backward pass: its zeros and the positions of maxima.
+
+    XLA:GPU's scheduler goes from the end of the program to its start. Of the kernels that are ready
+    beside a collective it takes those first that follow the most collectives. So these run
+    beside the last sum before the scatter that leaves room beside the gradients of weights.
+    """
+    sums = _awaited_sums(graph, layout)
+    room = _room(graph, layout, fused)
+    beside = Counter(
+        delay.time for root, delay in delayed.items() if graph.instructions[root].name in PRODUCTS
+    )
+    times = {}
+    for scatter in scatters:
+        before = [time for time in reversed(sums) if time < scatter]
+        free = (time for time in before if beside[time] < room)
+        times[scatter] = next(free, first_backward(graph)) if before else scatter
+    return times
+
+
+def _room(graph: OperatorGraph, layout: Layout, fused: Fusion) -> int:
+    """Gradients of weights that run beside a collective."""
+    sums_gradients = bool(_summed_dtypes(graph, layout, fused))
+    return KERNELS_PER_COLLECTIVE if sums_gradients else GRADIENTS_PER_COLLECTIVE
 
 
 def _delayed_slices(

@@ -57,6 +57,8 @@ ALONE = {
     "dynamic_reshape",
 }
 """Instructions that are kernels of their own."""
+POOLING = {"reduce_window", "select_and_scatter"}
+"""Pooling, and the gradient of pooling by maximum."""
 EXPENSIVE = {
     "exponential",
     "exponential_minus_one",
@@ -171,6 +173,8 @@ class _Fuser:
         self.rules = rules
         self.split_rows = split_rows
         self.alone = ALONE - PRODUCTS if rules.fuses_operands else ALONE
+        if rules.fuses_windows:
+            self.alone = self.alone - POOLING
         """Names of instructions that read their operands from memory."""
         expensive = STORED if rules.cheap_elementwise else EXPENSIVE
         self.producer = producers(graph)

@@ -8,7 +8,7 @@ Not here: bytes (`cost.memory`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from partita.cost.backends import compiler_of
@@ -17,6 +17,7 @@ from partita.cost.delayed import (
     delayed_by_repetitions,
     delayed_kernels,
     gather_times,
+    independent_times,
     joined_repetitions,
 )
 from partita.cost.fusion import (
@@ -206,6 +207,9 @@ class Lifetimes:
     replaced: frozenset[int] = frozenset()
     """Tensors whose memory the result of their last reader takes, or in whose place a product
     writes it."""
+    pooled_at: dict[int, int] = field(default_factory=dict)
+    """Scatter of a gradient of pooling -> the instruction before which its zeros and the positions
+    of maxima are written."""
 
 
 @lru_cache(maxsize=4)
@@ -263,7 +267,11 @@ def lifetimes_under(
     for root, delay in delayed.items():
         for i in fused.kernels[root]:
             last_kernel[i] = max(last_kernel[i], delay.time)
-    return Lifetimes(born, dies, tuple(last_kernel), replaced)
+    scatters = [i for i, _ in program.pool_gradients]
+    pooled_at = dict(zip(scatters, scatters, strict=True))
+    if hides_collectives:
+        pooled_at = independent_times(graph, layout, fused, delayed, scatters)
+    return Lifetimes(born, dies, tuple(last_kernel), replaced, pooled_at)
 
 
 def _replaced_operands(

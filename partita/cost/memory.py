@@ -251,6 +251,8 @@ def _allocations(
         allocator.add_filled_operands()
     if buffers.early_zeros:
         allocator.add_zeros()
+    if buffers.shared_zeros:
+        allocator.add_shared_zeros()
     if buffers.pool_positions:
         allocator.add_pool_gradients()
     if buffers.late_positions:
@@ -872,6 +874,67 @@ class _Allocator:
             result_sharding = self.layout.shardings[instruction.results[0]]
             self._add(operand, self._bytes(operand, result_sharding), 0, i - 1)
 
+    def add_shared_zeros(self) -> None:
+        """Adds the zeros that scatters share with other scatters or other readers.
+
+        XLA:GPU computes equal broadcasts once. A scatter needs its operand in memory, so the other
+        readers of the zeros read them from memory too. It also needs a copy of its own (except for
+        the last reader), which the kernel of the zeros writes as well (CopyFusion).
+        """
+        for scatters, (first, last) in self._shared_zeros():
+            times = [self.lifetimes.born.get(result, i) for i, result in scatters.items()]
+            first = min(first, *times, *(self.lifetimes.pooled_at.get(i, first) for i in scatters))
+            for time, result in zip(times, scatters.values(), strict=True):
+                if first < time:
+                    self._add(result, self._bytes(result), first, time - 1)
+            if last > max(times):
+                result = scatters[max(scatters)]
+                self._add(result, self._bytes(result), first, last)
+
+    def _shared_zeros(self) -> list[tuple[dict[int, int], tuple[int, int]]]:
+        """Groups of scatters to equal zeros: scatter -> result, and (first, last) instruction at
+        which anything else reads the zeros."""
+        graph = self.graph
+        groups: dict[tuple[int, tuple[int, ...]], dict[int, int]] = defaultdict(dict)
+        """(scalar, shape on a device) -> scatter -> result."""
+        for i, instruction in enumerate(graph.instructions):
+            if instruction.trips != 1 or instruction.name not in ("scatter", "select_and_scatter"):
+                continue
+            result = instruction.results[0]
+            scalar = instruction.operands[2]
+            if instruction.name == "scatter":
+                scalar = self._broadcast_scalar(instruction.operands[0])
+            if scalar is not None:
+                groups[scalar, self._local_shape(result)][i] = result
+        if not groups:
+            return []
+        spans = {key: (len(graph.instructions), -1) for key in groups}
+        fused = fused_under(graph, self.layout, self.compiler.fusion_rules, self.mesh)
+        for tensor, readers in readers_of(graph).items():
+            scalar = self._broadcast_scalar(tensor)
+            if scalar is None:
+                continue
+            for i, position in readers:
+                shape = self._local_shape(tensor, self.layout.targets.get((i, position)))
+                if (scalar, shape) not in groups or i < 0 or i in groups[scalar, shape]:
+                    continue
+                first, last = spans[scalar, shape]
+                roots = fused.computed_in[i]
+                spans[scalar, shape] = (
+                    min(first, *roots, self.lifetimes.last_kernel[i]),
+                    max(last, self.lifetimes.last_kernel[i]),
+                )
+        return [(scatters, spans[key]) for key, scatters in groups.items()]
+
+    def _broadcast_scalar(self, tensor: int) -> int | None:
+        """The constant scalar of which a tensor is a broadcast, else None."""
+        producer = self.program.producer.get(tensor, -1)
+        if producer < 0 or self.graph.instructions[producer].name != "broadcast_in_dim":
+            return None
+        (scalar,) = self.graph.instructions[producer].operands
+        is_scalar = scalar in self.program.constants and not self.graph.tensors[scalar].shape
+        return scalar if is_scalar else None
+
     def add_pool_gradients(self) -> None:
         """Adds the positions of maxima, for backward passes of pooling.
 
@@ -888,12 +951,12 @@ class _Allocator:
     def add_late_positions(self) -> None:
         """Adds the positions of maxima, an index per dim for every window, and the maxima.
 
-        XLA finds them just before it scatters a gradient of pooling to them
-        (SelectAndScatterExpander).
+        XLA finds them before it scatters a gradient of pooling to them (SelectAndScatterExpander).
         """
         for i, _ in self.program.pool_gradients:
             source = self.graph.instructions[i].operands[1]
             target = self.layout.targets.get((i, 1))
             rank = len(self.graph.tensors[source].shape)
             positions = rank * self._bytes(source, target, itemsize=ITEMSIZE["int32"])
-            self._add(source, positions + self._bytes(source, target), i, i)
+            start = self.lifetimes.pooled_at[i]
+            self._add(source, positions + self._bytes(source, target), start, i)

@@ -349,3 +349,17 @@ def test_a_transposed_convolution_with_a_kernel_of_its_results_size_is_planned()
 
     args = (jnp.ones((4, 4, 2, 3)), jnp.ones((8, 2, 2, 2)))
     assert partita.plan(step, args=args, machine="h100:2", stages=False).predicted["seconds"] > 0
+
+
+def test_pads_that_add_nothing_and_slices_of_all_elements_are_dropped():
+    text = """
+    func.func public @main(%x: tensor<8xf32>, %zero: tensor<f32>) -> tensor<9xf32> {
+      %0 = stablehlo.pad %x, %zero, low = [0], high = [0], interior = [0]
+        : (tensor<8xf32>, tensor<f32>) -> tensor<8xf32>
+      %1 = stablehlo.slice %0 [0:8] : (tensor<8xf32>) -> tensor<8xf32>
+      %2 = stablehlo.pad %1, %zero, low = [1], high = [0], interior = [0]
+        : (tensor<8xf32>, tensor<f32>) -> tensor<9xf32>
+      return %2 : tensor<9xf32>
+    }"""
+    (instruction,) = read(prepare_text(text, "cuda")).instructions
+    assert instruction.name == "pad" and instruction.operands == (0, 1)

@@ -731,3 +731,25 @@ def test_the_gradient_of_pooling_on_a_gpu_has_the_positions_of_maxima():
     (i,) = (i for i, x in enumerate(graph.instructions) if x.name == "select_and_scatter")
     maxima = graph.tensors[graph.instructions[i].operands[1]]
     assert course[i] - course[i - 1] >= 5 * maxima.nbytes
+
+
+def test_poolings_of_one_shape_on_a_gpu_share_their_zeros(monkeypatch):
+    """They are the zeros of the activation before them, too, and each scatter has a copy."""
+    inputs = [keras.Input((16, 16, 8)) for _ in range(2)]
+    towers = []
+    for image in inputs:
+        x = keras.layers.Conv2D(32, 3, padding="same", activation="relu", use_bias=False)(image)
+        towers.append(keras.layers.GlobalAveragePooling2D()(keras.layers.MaxPooling2D(2)(x)))
+    model = keras.Model(inputs, keras.layers.Add()(towers))
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 64, target=GPU.target).graph
+    plan = BASELINES["one device"](graph, GPU.name, mesh_of(GPU))
+    layout = layout_of(graph, plan)
+    shared = memory(graph, plan.mesh, layout, GPU.backend).course
+    buffers = replace(compiler_of(GPU.backend).buffers, shared_zeros=False)
+    monkeypatch.setitem(vars(compiler_of(GPU.backend)), "buffers", buffers)
+    alone = memory(graph, plan.mesh, replace(layout), GPU.backend).course
+    scatter = next(i for i, x in enumerate(graph.instructions) if x.name == "select_and_scatter")
+    zeros = graph.tensors[graph.instructions[scatter].results[0]].nbytes
+    assert shared[scatter - 1] - alone[scatter - 1] >= 2 * zeros
+    assert (shared >= alone).all()

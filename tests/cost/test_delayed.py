@@ -17,13 +17,14 @@ from partita.cost.delayed import (
     delayed_kernels,
     delayed_reductions,
     gather_times,
+    independent_times,
     joined_repetitions,
 )
 from partita.cost.fusion import fused_under
 from partita.cost.memory import memory
 from partita.cost.terms import cost_terms
 from partita.graph.flat import PRODUCTS
-from partita.graph.operator_graph import constant_tensors
+from partita.graph.operator_graph import constant_tensors, first_backward
 from partita.graph.rematerialize import rematerialized
 from partita.machine import load
 from partita.plans.baselines import BASELINES
@@ -165,6 +166,34 @@ def test_gradients_of_stored_weights_wait_for_the_last_sums_of_normalizations():
     }
     assert len(times) == 5
     assert min(times.values()) > max(gathers)
+
+
+def test_zeros_and_positions_of_pooling_run_beside_a_sum_that_has_room():
+    """The scheduler takes kernels first that follow more collectives, as gradients of weights."""
+    image = keras.Input((16, 16, 4))
+    x = keras.layers.MaxPooling2D(2)(keras.layers.Conv2D(8, 3, use_bias=False)(image))
+    for _ in range(3):
+        x = keras.layers.Conv2D(8, 3, padding="same", use_bias=False)(x)
+        x = keras.layers.Activation("relu")(keras.layers.BatchNormalization()(x))
+    model = keras.Model(image, keras.layers.GlobalAveragePooling2D()(x))
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 64, target=GPU.target).graph
+    names = [instruction.name for instruction in graph.instructions]
+    scatter = names.index("select_and_scatter")
+    products = [i for i, name in enumerate(names) if name in PRODUCTS]
+
+    def time(delays, baseline="data parallel"):
+        plan = BASELINES[baseline](graph, GPU.name, mesh_of(GPU))
+        layout = layout_of(graph, plan)
+        fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules)
+        return independent_times(graph, layout, fused, delays, [scatter])[scatter]
+
+    last = time({})
+    assert first_backward(graph) < last < scatter
+    full = {i: Delay(last, frozenset()) for i in products[:KERNELS_PER_COLLECTIVE]}
+    assert first_backward(graph) < time(full) < last
+    busy = {n: Delay(n, frozenset()) for n in range(len(names))}
+    assert time(busy, "one device") == scatter
 
 
 def test_gathers_that_are_combined_begin_after_all_their_gradients(perceptron):

@@ -276,3 +276,16 @@ def test_readers_on_a_gpu_compute_a_concatenation_that_none_needs_in_memory():
     assert root not in fused.kernels
     assert len(fused.computed_in[root]) == 3
     assert root in fusion(graph, replace(rules, repeats_concatenations=False)).kernels
+
+
+def test_pooling_on_a_gpu_computes_its_operand():
+    def step(w, x):
+        pooled = jax.lax.reduce_window(x * w, -jnp.inf, jax.lax.max, (2, 2), (2, 2), "VALID")
+        return w - 1.0, pooled
+
+    args = (jax.ShapeDtypeStruct((64, 64), "float32"), jax.ShapeDtypeStruct((64, 64), "float32"))
+    graph = capture_program(step, args=args).graph
+    product = next(i for i, x in enumerate(graph.instructions) if x.name == "multiply")
+    for name, is_fused in (("h100:4", True), ("tpu-v5e:4", False)):
+        kernels = fusion(graph, compiler_of(load(name).backend).fusion_rules).kernels
+        assert (product not in kernels) == is_fused

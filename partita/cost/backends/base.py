@@ -40,6 +40,8 @@ class FusionRules:
     repeats_concatenations: bool = False
     """A concatenation is computed by each of its readers, also by reductions over columns, unless
     one needs it in memory."""
+    fuses_windows: bool = False
+    """Pooling computes its operand."""
     counts_reads: bool = False
     """A value of several tensors is computed by its readers if their kernels then read and write
     no more tensors of its size."""
@@ -100,8 +102,12 @@ class Buffers:
     selected_starts: bool = False
     """A loop selects, in each of its trips, between a value that it carries and the constant with
     which that starts. If False: the constant is written before the loop."""
+    shared_zeros: bool = False
+    """Scatters to zeros of one shape get them from one kernel, which runs before the first other
+    reader of such zeros."""
     late_positions: bool = False
-    """The gradient of pooling by maximum has the positions of maxima in memory while it runs."""
+    """The gradient of pooling by maximum has zeros and the positions of maxima in memory, from
+    before it (`cost.delayed.independent_times`) until it has run."""
     filled_gradients: bool = False
     """The weight gradient of a convolution over a dilated operand is a dense convolution: its
     window is the operand with zeros in its holes, and the other operand has a copy."""

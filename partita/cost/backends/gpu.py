@@ -61,6 +61,7 @@ class XlaGpu(XlaAccelerator):
             longest_row=LONGEST_ROW,
             repeats_differences=True,
             repeats_concatenations=True,
+            fuses_windows=True,
             counts_reads=True,
             longest_column=LONGEST_COLUMN,
             reads_reversed=True,
@@ -84,6 +85,7 @@ class XlaGpu(XlaAccelerator):
             replaced_operands=True,
             ordered_kernels=True,
             filled_gradients=True,
+            shared_zeros=True,
             late_positions=True,
         )
 
