@@ -314,7 +314,25 @@ class _Collector:
             if i == root:
                 for tensor in self._written(instruction):
                     traffic[tensor] = (graph.tensors[tensor].nbytes, _split(graph.labels[tensor]))
+        if root in members and graph.instructions[root].name == "select_and_scatter":
+            self._add_positions(root, traffic)
         return traffic
+
+    def _add_positions(self, root: int, traffic: dict[int, tuple[int, Factors]]) -> None:
+        """Adds what the gradient of pooling by maximum moves besides its operands and its result.
+
+        XLA:GPU makes three kernels of it (SelectAndScatterExpander). One writes zeros. One writes
+        the maxima and an index per dim for each. One reads the indices, and for each of them reads
+        and writes the element to which it adds a gradient.
+        """
+        if not self.compiler.buffers.late_positions:
+            return
+        source = self.graph.instructions[root].operands[1]
+        maxima = self.graph.tensors[source]
+        indices = len(maxima.shape) * ITEMSIZE["int32"] * maxima.size
+        read, _ = traffic.get(source, (0, ()))
+        factors = _split(operand_labels(self.graph, root)[1])
+        traffic[source] = read + 3 * maxima.nbytes + 2 * indices, factors
 
     def _written(self, instruction: Instruction) -> list[int]:
         """The results of a kernel without scratch memory, which nothing reads."""

@@ -733,6 +733,28 @@ def test_the_gradient_of_pooling_on_a_gpu_has_the_positions_of_maxima():
     assert course[i] - course[i - 1] >= 5 * maxima.nbytes
 
 
+def test_the_gradient_of_pooling_on_a_gpu_moves_maxima_and_indices(monkeypatch):
+    """It writes maxima and four indices of 32 bits, and adds to elements of its result."""
+    image = keras.Input((32, 32, 8))
+    x = keras.layers.Conv2D(64, 3, padding="same", use_bias=False)(image)
+    x = keras.layers.Activation("relu")(keras.layers.BatchNormalization()(x))
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.MaxPooling2D(2)(x))
+    model = keras.Model(image, x)
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 64, target=GPU.target).graph
+    scatter = next(x for x in graph.instructions if x.name == "select_and_scatter")
+    maxima = graph.tensors[scatter.operands[1]].nbytes
+
+    def moved(graph):
+        works = [work for one in cost_terms(graph, GPU.backend).operators for work in one.work]
+        return sum(nbytes for work in works for nbytes, _ in work.traffic)
+
+    with_positions = moved(graph)
+    buffers = replace(compiler_of(GPU.backend).buffers, late_positions=False)
+    monkeypatch.setitem(vars(compiler_of(GPU.backend)), "buffers", buffers)
+    assert with_positions - moved(replace(graph)) == 11 * maxima
+
+
 def test_poolings_of_one_shape_on_a_gpu_share_their_zeros(monkeypatch):
     """They are the zeros of the activation before them, too, and each scatter has a copy."""
     inputs = [keras.Input((16, 16, 8)) for _ in range(2)]
