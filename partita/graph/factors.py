@@ -419,6 +419,22 @@ class OperatorDims:
                 operands + number,
             )
 
+    def tie_pooled_gradient(self, pooling: int) -> None:
+        """Ties the gradient of a pooling by sums, the `pooling` of this operator, to its operand.
+
+        It is a padding and sums of windows, and reads no forward value. No rule ties it.
+        """
+        instructions = self.program.instructions
+        operand = instructions[pooling].operands[0]
+        dims = self.dims_at(operand, (pooling, 0))
+        for index in self.members:
+            instruction = instructions[index]
+            is_sum = instruction.name == "reduce_window" and instruction.phase == "backward"
+            if is_sum and dims is not None:
+                (result,) = instruction.results
+                if self._shape(result) == self._shape(operand):
+                    self._tie_all(self.results[result], dims)
+
     def _tie_after_loop(self, after: int, inside: int) -> None:
         """Tie a loop's result to the carried value; both stay whole if one dim cannot be tied."""
         pairs = zip(self.results[after], self.results[inside], strict=True)
@@ -445,6 +461,8 @@ class OperatorFactors:
         self.operator = operator
         self.members = members
         self.dims = OperatorDims(program, members)
+        if program.instructions[heavy].name == "reduce_window":
+            self.dims.tie_pooled_gradient(heavy)
         self.atoms = self.dims.atoms
         self.factor_of: dict[int, int] = {}
         """Atom -> its factor in the graph."""

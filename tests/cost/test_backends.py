@@ -57,6 +57,17 @@ def test_a_gradient_of_which_devices_read_slices_is_scattered(mlp):
     assert totals(mlp, GPU, "data parallel") == totals(mlp, CPU, "data parallel")
 
 
+def test_the_gradient_of_average_pooling_stays_on_the_devices_of_its_samples():
+    """It reads no forward value. Two branches add up their parts of it."""
+    image = keras.Input((8, 8, 4))
+    x = keras.layers.AveragePooling2D(2)(keras.layers.Conv2D(8, 3, padding="same")(image))
+    branches = [keras.layers.Conv2D(8, size, padding="same")(x) for size in (1, 3)]
+    model = keras.Model(image, keras.layers.Concatenate()(branches))
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 64, target=GPU.target).graph
+    assert totals(graph, GPU, "data parallel").keys() == {"all_reduce"}
+
+
 def test_gradients_of_a_scan_over_time_stay_on_the_devices_of_their_samples():
     """Half of the states, [4, 4, 6, 2], have as many elements as the input of both products,
     [4, 8, 6], but sums of their gradients are none of the input's."""
