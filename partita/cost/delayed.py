@@ -222,7 +222,7 @@ def _delayed_products(
     }
     waiting = [products for products in waiting if delayed.keys().isdisjoint(products)]
     dtypes = _summed_dtypes(graph, layout, fused)
-    times = set(_awaited_sums(graph, layout))
+    times = set(_awaited_sums(graph, layout)) | _gathers_of_gradients(graph, layout)
     for products in gradients:
         if dtypes and _converts_weights(graph, products):
             times.add(max(products))
@@ -395,6 +395,24 @@ def _awaited_sums(graph: OperatorGraph, layout: Layout) -> list[int]:
                 del partial[operand]
             partial[instruction.results[0]] = i
     return [i for i in partial.values() if not _is_waited_for_by_updates(graph, i)]
+
+
+def _gathers_of_gradients(graph: OperatorGraph, layout: Layout) -> set[int]:
+    """The instructions before gathers of values that the backward pass computes and reads."""
+    source = producers(graph)
+    times = set()
+    for read in layout.reads:
+        i = source.get(read.tensor, -1)
+        if i < 0 or graph.instructions[i].phase != "backward":
+            continue
+        own = layout.shardings[read.tensor]
+        is_gathered = any(
+            axes != wide[: len(axes)] for axes, wide in zip(own, read.target, strict=True)
+        )
+        readers = [graph.instructions[reader] for reader, _ in read.readers if reader >= 0]
+        if is_gathered and any(reader.phase == "backward" for reader in readers):
+            times.add(i)
+    return times
 
 
 def _joins(graph: OperatorGraph, instruction: Instruction) -> bool:

@@ -196,6 +196,25 @@ def test_zeros_and_positions_of_pooling_run_beside_a_sum_that_has_room():
     assert time(busy, "one device") == scatter
 
 
+def test_weight_gradients_wait_for_gathers_of_gradients():
+    """The last convolution's waits for the gather of the gradient before it."""
+    x = image = keras.Input((8, 8, 4))
+    for _ in range(3):
+        x = keras.layers.Conv2D(8, 3, padding="same", use_bias=False)(x)
+        x = keras.layers.AveragePooling2D(2, 1, padding="same")(x)
+    model = keras.Model(image, x)
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 64, target=GPU.target).graph
+    plan = BASELINES["tensor parallel"](graph, GPU.name, mesh_of(GPU))
+    layout = layout_of(graph, plan)
+    fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules)
+    delays = delayed_kernels(graph, layout, plan.mesh, fused)
+    names = [x.name if x.phase == "backward" else "" for x in graph.instructions]
+    last = names.index("convolution")
+    gathered = names.index("reduce_window", last)
+    assert {root: delay.time for root, delay in delays.items()} == {last: gathered}
+
+
 def test_gathers_that_are_combined_begin_after_all_their_gradients(perceptron):
     single, _ = zero_delays(perceptron, 0, is_limited=False)
     pairs, _ = zero_delays(perceptron, 2 * 64 * 256 * 4, is_limited=False)
