@@ -120,6 +120,22 @@ def test_an_error_of_the_loss_is_one_sentence() -> None:
         partita.plan(model, batch=(np.ones((8, 64)), np.ones(8)), machine="h100:2")
 
 
+class Refusing(layers.Layer):
+    """A layer that cannot train."""
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        if training:
+            raise RuntimeError("The mask has two dims.\nUse four.")
+        return x
+
+
+def test_an_error_of_a_layer_has_its_message_and_not_that_of_keras() -> None:
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(4), Refusing(), layers.Dense(2)])
+    model.compile("sgd", "mse")
+    with pytest.raises(CaptureError, match=r"RuntimeError in Refusing: The mask has two dims\."):
+        partita.plan(model, 8, machine="h100:2")
+
+
 def test_arguments_that_contradict_the_program_are_named() -> None:
     batch = (np.ones((8, 64)), np.ones(8))
     with pytest.raises(CaptureError, match="batch_size is 16, and the batch has 8 samples. Give"):

@@ -6,6 +6,7 @@ The step is `step(state, batch) -> (outputs, new_state)`.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -295,12 +296,17 @@ def _common_end(one: str, other: str) -> int:
     return count
 
 
+IN_LAYER = re.compile(
+    r"Exception encountered when calling (\S+)\.call\(\)\.\s+\x1b\[1m(.*?)\x1b\[0m", re.DOTALL
+)
+"""How Keras writes an error of a layer: the layer's class, then the message in bold letters."""
 _CHECKS = [export.DisabledSafetyCheck.custom_call("ALL"), export.DisabledSafetyCheck.platform()]
 """Checks of texts that outlive their release of JAX. Ours do not."""
 
 
 def reason(error: Exception) -> str:
-    """The type and the first line of an error; an error of ours is a sentence without its type."""
+    """The type and the first line of an error, and the layer of Keras in which it was raised; an
+    error of ours is a sentence without its type."""
     if isinstance(error, PartitaError):
         return str(error)
     if "host_callbacks" in str(error):
@@ -308,5 +314,11 @@ def reason(error: Exception) -> str:
             "it calls Python on the host (jax.debug.print, jax.debug.callback, jax.pure_callback, "
             "jax.experimental.io_callback). Remove these calls."
         )
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    text = str(error).strip()
+    place = ""
+    in_layer = IN_LAYER.search(text)
+    if in_layer:
+        place = f" in {in_layer[1]}"
+        text = in_layer[2].strip()
+    lines = text.splitlines()
+    return f"{type(error).__name__}{place}: {lines[0] if lines else ''}"
