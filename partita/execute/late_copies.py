@@ -93,6 +93,8 @@ class LateCopies:
             others = self._copies.keys() - own
             for operation, users in users_of.items():
                 if own.issuperset(users):
+                    for run in members.values():
+                        run.discard(operation)
                     own.add(operation)
                 elif not others.isdisjoint(users):
                     own.discard(operation)
@@ -100,7 +102,7 @@ class LateCopies:
             for operation in self._order:
                 if operation.name == CONSTRAINT and operation.operands[0].owner in own:
                     own.add(operation)
-        return [sorted(own, key=self._order.__getitem__) for own in members.values()]
+        return [sorted(own, key=self._order.__getitem__) for own in members.values() if own]
 
     def _users(self, operation: Any) -> set[Any]:
         """The operations of the block that read the results of one, also inside loops."""

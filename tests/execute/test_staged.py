@@ -398,6 +398,22 @@ def test_products_of_a_piece_wait_for_sums_of_slices(monkeypatch: pytest.MonkeyP
     assert waiting["ZeRO-3"] > 3
 
 
+def test_copies_that_only_another_run_reads_move_with_that_run():
+    inputs = keras.Input((16,))
+    x = layers.Conv1D(4, 3, padding="same", name="stem")(layers.Reshape((4, 4))(inputs))
+    mean = layers.GlobalAveragePooling1D(keepdims=True)(x)
+    gated = x * layers.Dense(4, activation="sigmoid", name="gate")(mean)
+    y = layers.Conv1DTranspose(8, 3, activation="silu", padding="same", name="second")(gated)
+    model = compiled(layers.Dense(8, name="out")(layers.Flatten()(y)), inputs)
+    captured = capture_model(model, batch(model), CaptureTarget.of("cuda"))
+    plan = BASELINES["one device"](captured.graph, "host", Mesh.of((1,)))
+    runs = (("gate", "gate"), ("second", "second"))
+    plan = replace(plan, microbatches=2, recompute=runs, target="cuda")
+    step = in_pieces(captured, check(plan, captured.graph))
+    for number in range(len(step.cut.pieces)):
+        step.text(number)  # verified when it is written
+
+
 class Operation(NamedTuple):
     """An operation of a text."""
 
