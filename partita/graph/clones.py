@@ -23,10 +23,12 @@ def originals(instructions: Sequence[Instruction], loop_of: Mapping[int, int]) -
 
     Instructions are compared by name, rule and operands, not by attributes. Of several that are
     equal so, as slices of one tensor, each repeats the one with its position among them.
+    Capture gives each reader its own copy of a constant; all copies count as the same operand.
     """
     original: dict[int, int] = {}
     if not any(instruction.name == BARRIER for instruction in instructions):
         return original
+    same = _equal_constants(instructions, loop_of)
     first: dict[tuple[object, ...], list[Instruction]] = defaultdict(list)
     repeated: Counter[tuple[object, ...]] = Counter()
     for index, instruction in enumerate(instructions):
@@ -36,19 +38,41 @@ def originals(instructions: Sequence[Instruction], loop_of: Mapping[int, int]) -
             for operand, result in zip(instruction.operands, instruction.results, strict=True):
                 original[result] = original.get(operand, operand)
             continue
-        operands = tuple(original.get(tensor, tensor) for tensor in instruction.operands)
-        if operands == instruction.operands:
+        reads = tuple(same.get(tensor, tensor) for tensor in instruction.operands)
+        operands = tuple(original.get(tensor, tensor) for tensor in reads)
+        if operands == reads:
             first[_key(instruction, operands)].append(instruction)
             continue
         sources = first.get(_key(instruction, operands))
         if sources:
-            key = _key(instruction, instruction.operands)
+            key = _key(instruction, reads)
             source = sources[min(repeated[key], len(sources) - 1)]
             repeated[key] += 1
             original.update(zip(instruction.results, source.results, strict=True))
     return original
 
 
+def _equal_constants(
+    instructions: Sequence[Instruction], loop_of: Mapping[int, int]
+) -> dict[int, int]:
+    """Tensor -> the first tensor with the same value, for constants and broadcasts."""
+    same: dict[int, int] = {}
+    first: dict[tuple[object, ...], Instruction] = {}
+    constants: set[int] = set()
+    for index, instruction in enumerate(instructions):
+        is_constant = constants.issuperset(instruction.operands)
+        if index in loop_of or not (is_constant or instruction.name == "broadcast_in_dim"):
+            continue
+        if is_constant:
+            constants.update(instruction.results)
+        if instruction.name != "constant":
+            operands = tuple(same.get(tensor, tensor) for tensor in instruction.operands)
+            source = first.setdefault(_key(instruction, operands), instruction)
+            same.update(zip(instruction.results, source.results, strict=True))
+    return same
+
+
 def _key(instruction: Instruction, operands: tuple[int, ...]) -> tuple[object, ...]:
     """Equal for instructions that compute the same of the same operands."""
-    return (instruction.name, instruction.rule, instruction.windows, operands)
+    results = len(instruction.results)
+    return (instruction.name, instruction.rule, instruction.windows, operands, results)

@@ -84,6 +84,25 @@ def test_a_rematerialized_block_is_split_like_its_original(plan, rematerialized)
     )
 
 
+def normalized_block(x, weights):
+    """A block with constants: in a mean, a maximum, a GELU, a mask."""
+    up, down = weights
+    y = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+    hidden = jax.nn.relu(y @ up) + jax.nn.gelu(y @ up)
+    even = jnp.arange(HIDDEN) % 2 == 0
+    return x + jnp.where(even, hidden, 0.5 * hidden) @ down
+
+
+def test_a_copy_that_reads_constants_is_split_like_its_original():
+    """Capture gives each reader its own copy of a constant, also a copy and its original."""
+    step, args = step_of(jax.checkpoint(normalized_block))
+    graph = capture_program(step, args=args, target="cuda").graph
+    machine = load("h100:4")
+    mesh, layout = named(graph, "data parallel", machine)
+    flops = local_flops(graph, mesh, layout, machine.backend)
+    assert flops == pytest.approx(graph.flops / 4, rel=0.1)
+
+
 def test_rematerialization_saves_activation_memory(rematerialized):
     machine = load("h100:4")
     step, args = step_of(block)
