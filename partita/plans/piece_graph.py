@@ -24,16 +24,18 @@ def piece_graph(
     summed: Collection[int],
     late: Collection[int],
     runs: Sequence[int] = (),
+    updates: Collection[int] = (),
 ) -> tuple[OperatorGraph, Layout]:
     """(the graph of a piece, its layout).
 
     Statements run in program order, but those in `late` directly before their first reader.
     Results in `summed` are added to a sum over the microbatches. `runs`: the rematerialized run of
-    every statement, if the copies of a backward piece wait for gradients.
+    every statement, if the copies of a backward piece wait for gradients. The additions of results
+    in `updates` count as an update, for which sums over devices wait.
     """
     if runs and piece.phase == "backward":
         layout = replace(layout, reads=backward_reads(flow, piece, layout.reads, runs))
-    return _PieceGraph(flow, piece, layout, summed, late).build()
+    return _PieceGraph(flow, piece, layout, summed, late, updates).build()
 
 
 def prefetching_gradient(flow: DataFlow, reader: int) -> int:
@@ -127,11 +129,13 @@ class _PieceGraph:
         layout: Layout,
         summed: Collection[int],
         late: Collection[int],
+        updates: Collection[int],
     ) -> None:
         self.flow = flow
         self.piece = piece
         self.layout = layout
         self.late = set(late)
+        self.updates = updates
         self.summed = set(summed).intersection(piece.gives)
         graph = flow.graph
         self.tensors = list(graph.tensors)
@@ -200,7 +204,7 @@ class _PieceGraph:
         """Adds the addition of a value to its sum over the microbatches."""
         before = self._copy_of(tensor)
         after = self._copy_of(tensor)
-        phase = self.piece.phase
+        phase = "update" if tensor in self.updates else self.piece.phase
         self._add(Instruction("add", "", phase, (before, tensor), (after,), None), owner)
         self.results[before] = after
 

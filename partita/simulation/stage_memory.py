@@ -21,6 +21,8 @@ import numpy as np
 
 from partita.cost.backends import compiler_of
 from partita.cost.memory import ROLES, PeakMemory, memory
+from partita.cost.partial import summed_values, sums_over_devices, unsummed
+from partita.graph.operator_graph import producers
 from partita.machine import Backend
 from partita.plans.layout import Layout, shard_bytes
 from partita.plans.piece_graph import piece_graph
@@ -106,6 +108,21 @@ class PieceMemories:
     @cached_property
     def _summed(self) -> frozenset[int]:
         return self.cut.summed if self.plan.microbatches > 1 else frozenset()
+
+    @cached_property
+    def _summed_in_pieces(self) -> frozenset[int]:
+        """The gradients of a microbatch that devices sum before they are added up."""
+        graph, layout = self.cut.flow.graph, self.layout
+        producer = producers(graph)
+        partial = unsummed(graph, layout, self._summed)
+        return frozenset(
+            gradient
+            for gradient in self._summed - partial.keys()
+            if any(
+                sums_over_devices(graph, layout, producer[value])
+                for value in summed_values(graph, gradient)
+            )
+        )
 
     def _size(self, tensors: Sequence[int]) -> int:
         return sum(self._nbytes[t] for t in tensors)
@@ -242,7 +259,9 @@ class PieceMemories:
         if key not in self._cache:
             late = self._late_statements(piece)
             runs = self.cut.runs if late else ()
-            graph, layout = piece_graph(self.cut.flow, piece, self.layout, self._summed, late, runs)
+            graph, layout = piece_graph(
+                self.cut.flow, piece, self.layout, self._summed, late, runs, self._summed_in_pieces
+            )
             peak = memory(graph, self.mesh, layout, self.backend, None, self.device_bytes)
             arguments = peak.parameters + peak.optimizer + peak.state + peak.batch
             nbytes = peak.peak - arguments + self._copied_slots(piece)

@@ -23,6 +23,7 @@ from partita.capture.jax_functions import Captured
 from partita.capture.keras_models import ModelVariables, capture_model
 from partita.capture.targets import CaptureTarget
 from partita.cost import early_sums
+from partita.cost.memory import memory
 from partita.cost.partial import unsummed, waiting_sums
 from partita.errors import PlanError
 from partita.execute.devices import detect
@@ -36,12 +37,14 @@ from partita.execute.staged_verify import (
     planned_piece,
     transfer_bytes,
 )
-from partita.machine import host
+from partita.machine import host, load
 from partita.plans.baselines import BASELINES
 from partita.plans.check import check
 from partita.plans.pipeline import is_one_program
 from partita.plans.plan import Axis, Mesh, Plan
 from partita.plans.schema import SCHEDULES
+from partita.search.find import mesh_of
+from partita.simulation import stage_memory
 from partita.simulation.pipelined import PipelinedStep
 
 FLOOR = 1e-3
@@ -396,6 +399,32 @@ def test_products_of_a_piece_wait_for_sums_of_slices(monkeypatch: pytest.MonkeyP
         waiting[inner] = len(operations_of_backward_piece(in_pieces(captured, plan), BARRIER))
     assert waiting["data parallel"] == 0  # the update sums what the microbatches have added up
     assert waiting["ZeRO-3"] > 3
+
+
+def test_the_memory_of_a_piece_knows_the_sums_that_its_products_wait_for(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(early_sums, "COMBINED_BYTES", 1)
+    monkeypatch.setattr(early_sums, "WAITING_PRODUCTS", 0)
+    waiting: list[int] = []
+
+    def counted(graph, mesh, layout, *others):
+        waiting.append(len(early_sums.early_sums(graph, layout, mesh)))
+        return memory(graph, mesh, layout, *others)
+
+    monkeypatch.setattr(stage_memory, "memory", counted)
+    model = residual(dtype="mixed_bfloat16")
+    graph = capture_model(model, batch(model), CaptureTarget.of("cuda")).graph
+    machine = load("h100:2")
+    most = {}
+    for inner in ("data parallel", "ZeRO-3"):
+        waiting.clear()
+        plan = rematerialized_blocks(graph, inner, "norm")
+        plan = replace(plan, mesh=mesh_of(machine))
+        assert PipelinedStep.of(graph, machine, plan).peak_bytes > 0
+        most[inner] = max(waiting)
+    assert most["data parallel"] == 0
+    assert most["ZeRO-3"] > 3
 
 
 def test_copies_that_only_another_run_reads_move_with_that_run():
