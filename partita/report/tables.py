@@ -188,6 +188,9 @@ def _proof(gap: float) -> str:
 def explain_table(plan: Plan, layer: str) -> Table:
     """A layer's choice, and what its alternatives would add, all other layers as planned."""
     text = plan.to_json()["operators"][layer]
+    stored = _storage_texts(plan)
+    if layer in stored:
+        text = f"{text}  {stored[layer]}"
     cost = plan.why["operators"][layer]
     table = new_table(f"{layer}: {text}")
     table.add_column("choice")

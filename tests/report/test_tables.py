@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from rich.table import Table
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
 from partita.planning import best_plan
-from partita.plans.plan import Plan
+from partita.plans.plan import Plan, Storage
 from partita.report.folding import LayerRow, folded, layers_label
 from partita.report.tables import (
     comparison_table,
@@ -150,6 +151,14 @@ def test_an_alternative_shows_what_it_adds_to_the_step() -> None:
     plan.why["operators"]["dense"]["alternatives"][0]["seconds"] = 86e-6
     text = " ".join(printed(explain_table(plan, "dense")).split())
     assert "+86.0 us" in text and "error of predictions" not in text
+
+
+def test_the_chosen_row_says_how_variables_are_stored() -> None:
+    """An alternative may have the same split and another storage."""
+    plan = plan_of(["dense"])
+    stored = replace(plan, storage={"dense/kernel": Storage(0, ("a",), 1)})
+    assert "ZeRO-1:a (chosen)" in printed(explain_table(stored, "dense"))
+    assert "ZeRO" not in printed(explain_table(plan, "dense"))
 
 
 def test_a_step_of_kernels_alone_has_no_exchange() -> None:
