@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -27,7 +28,7 @@ from partita.errors import LostProcessError
 from partita.execute import members
 from partita.graph.operator_graph import OperatorGraph
 from partita.machine import load
-from partita.planning import best_plan
+from partita.planning import SearchOptions, best_plan
 from partita.plans.plan import Plan
 from partita.search.find import find
 
@@ -501,3 +502,18 @@ def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(
                 time.sleep(0.01)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_a_plan_outlives_a_stopped_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    from partita.cli import plan as command
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "plan_that_compiles", stop)
+    captured: Any = None
+    machine = load("h100:4")
+    chosen = best_plan(GRAPH, machine)
+    kept, compiled = command._compiled(captured, machine, chosen, print, SearchOptions())
+    assert kept == chosen
+    assert "stopped" in str(compiled)

@@ -129,6 +129,8 @@ def _compiled(
         return plan_that_compiles(captured, machine, chosen, say, options)
     except (CompilerError, MemoryBudgetError, PlanError) as error:
         return chosen, str(error)
+    except KeyboardInterrupt:
+        return chosen, "The compilation was stopped; this is the plan that the search found."
 
 
 def _compiled_json(compiled: CompiledPlan | str | None) -> dict[str, object]:
