@@ -422,7 +422,9 @@ class OperatorDims:
     def tie_pooled_gradient(self, pooling: int) -> None:
         """Ties the gradient of a pooling by sums, the `pooling` of this operator, to its operand.
 
-        It is a padding and sums of windows, and reads no forward value. No rule ties it.
+        It is a padding and sums of windows, and reads no forward value. No rule ties it. Dims with
+        windows stay whole: the padded ones are odd, and XLA:TPU aborts where only their sums are
+        split.
         """
         instructions = self.program.instructions
         operand = instructions[pooling].operands[0]
@@ -432,8 +434,14 @@ class OperatorDims:
             is_sum = instruction.name == "reduce_window" and instruction.phase == "backward"
             if is_sum and dims is not None:
                 (result,) = instruction.results
-                if self._shape(result) == self._shape(operand):
-                    self._tie_all(self.results[result], dims)
+                shape = self._shape(result)
+                if shape == self._shape(operand):
+                    padded = self._shape(instruction.operands[0])
+                    for dim, target, size, whole in zip(
+                        self.results[result], dims, shape, padded, strict=True
+                    ):
+                        if dim and target and size == whole:
+                            self.atoms.tie(dim, target)
 
     def _tie_after_loop(self, after: int, inside: int) -> None:
         """Tie a loop's result to the carried value; both stay whole if one dim cannot be tied."""
