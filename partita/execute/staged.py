@@ -131,11 +131,11 @@ class StepInPieces:
             layout = place.layout
             if self.late_runs and piece.phase == "backward":
                 # `late_copies` writes what the gathers of runs wait for.
-                flow, runs = self.cut.flow, self.late_runs
-                late = gathers_of_runs(flow, piece, layout.reads, runs)
+                flow = self.cut.flow
+                late = gathers_of_runs(flow, piece, layout.reads, self.late_runs)
                 reads = [
                     replace(r, after=-1) if (r.tensor, r.target) in late else r
-                    for r in backward_reads(flow, piece, layout.reads, runs)
+                    for r in backward_reads(flow, layout.reads, late)
                 ]
                 layout = replace(layout, reads=tuple(reads))
             instructions = set(self.cut.flow.instructions(piece.statements))

@@ -7,7 +7,7 @@ outside of it: each of its results takes the place of an argument.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from partita.graph.flat import Reader
@@ -34,7 +34,8 @@ def piece_graph(
     in `updates` count as an update, for which sums over devices wait.
     """
     if runs and piece.phase == "backward":
-        layout = replace(layout, reads=backward_reads(flow, piece, layout.reads, runs))
+        gathers = gathers_of_runs(flow, piece, layout.reads, runs)
+        layout = replace(layout, reads=backward_reads(flow, layout.reads, gathers))
     return _PieceGraph(flow, piece, layout, summed, late, updates).build()
 
 
@@ -70,28 +71,27 @@ def gathers_of_runs(
 
 
 def backward_reads(
-    flow: DataFlow, piece: Piece, reads: Sequence[Read], runs: Sequence[int]
+    flow: DataFlow, reads: Sequence[Read], gathers: Mapping[tuple[int, Sharding], int]
 ) -> tuple[Read, ...]:
-    """The reads of a step for a backward piece with copies of runs.
+    """The reads of a step for a backward piece with copies of runs, given the gathers of these.
 
     Copies of a run and gradients read one gather. No gather waits for a copied product, as those of
     the forward pass do for the original.
     """
-    gathers = gathers_of_runs(flow, piece, reads, runs)
     readers: dict[tuple[int, Sharding], tuple[Reader, ...]] = defaultdict(tuple)
     for read in reads:
         readers[read.tensor, read.target] += read.readers
     once: dict[object, Read] = {}
-    for read in reads:
+    for number, read in enumerate(reads):
         key = (read.tensor, read.target)
         producer = flow.producer.get(read.after, -1)
         if key in gathers:
             after = prefetching_gradient(flow, gathers[key])
             once[key] = replace(read, readers=readers[key], after=after)
         elif producer >= 0 and flow.classes[producer] == "forward":
-            once[len(once)] = replace(read, after=-1)
+            once[number] = replace(read, after=-1)
         else:
-            once[len(once)] = read
+            once[number] = read
     return tuple(once.values())
 
 
