@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from partita.cost.early_sums import EarlySum, early_sums
@@ -228,7 +228,7 @@ def _delayed_products(
             times.add(max(products))
     if len(dtypes) > 1:
         times.add(_end_of_backward(graph))
-    return delayed | _beside(waiting, times, _room(graph, layout, fused))
+    return delayed | _beside(waiting, times, _room(dtypes))
 
 
 def _beside(waiting: Sequence[tuple[int, ...]], times: Iterable[int], room: int) -> dict[int, int]:
@@ -259,7 +259,7 @@ def independent_times(
     beside the last sum before the scatter that leaves room beside the gradients of weights.
     """
     sums = _awaited_sums(graph, layout)
-    room = _room(graph, layout, fused)
+    room = _room(_summed_dtypes(graph, layout, fused))
     beside = Counter(
         delay.time for root, delay in delayed.items() if graph.instructions[root].name in PRODUCTS
     )
@@ -271,10 +271,9 @@ def independent_times(
     return times
 
 
-def _room(graph: OperatorGraph, layout: Layout, fused: Fusion) -> int:
-    """Gradients of weights that run beside a collective."""
-    sums_gradients = bool(_summed_dtypes(graph, layout, fused))
-    return KERNELS_PER_COLLECTIVE if sums_gradients else GRADIENTS_PER_COLLECTIVE
+def _room(dtypes: Set[str]) -> int:
+    """Gradients of weights that run beside a collective. `dtypes`: those of summed gradients."""
+    return KERNELS_PER_COLLECTIVE if dtypes else GRADIENTS_PER_COLLECTIVE
 
 
 def _delayed_slices(

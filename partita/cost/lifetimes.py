@@ -269,7 +269,7 @@ def lifetimes_under(
             last_kernel[i] = max(last_kernel[i], delay.time)
     scatters = [i for i, _ in program.pool_gradients]
     pooled_at = dict(zip(scatters, scatters, strict=True))
-    if hides_collectives:
+    if hides_collectives and scatters:
         pooled_at = independent_times(graph, layout, fused, delayed, scatters)
     return Lifetimes(born, dies, tuple(last_kernel), replaced, pooled_at)
 
