@@ -429,19 +429,21 @@ class OperatorDims:
         instructions = self.program.instructions
         operand = instructions[pooling].operands[0]
         dims = self.dims_at(operand, (pooling, 0))
+        if dims is None:
+            return
         for index in self.members:
             instruction = instructions[index]
-            is_sum = instruction.name == "reduce_window" and instruction.phase == "backward"
-            if is_sum and dims is not None:
-                (result,) = instruction.results
-                shape = self._shape(result)
-                if shape == self._shape(operand):
-                    padded = self._shape(instruction.operands[0])
-                    for dim, target, size, whole in zip(
-                        self.results[result], dims, shape, padded, strict=True
-                    ):
-                        if dim and target and size == whole:
-                            self.atoms.tie(dim, target)
+            if instruction.name != "reduce_window" or instruction.phase != "backward":
+                continue
+            (result,) = instruction.results
+            shape = self._shape(result)
+            if shape != self._shape(operand):
+                continue
+            padded = self._shape(instruction.operands[0])
+            tied = zip(self.results[result], dims, shape, padded, strict=True)
+            for dim, target, size, padded_size in tied:
+                if dim and target and size == padded_size:
+                    self.atoms.tie(dim, target)
 
     def _tie_after_loop(self, after: int, inside: int) -> None:
         """Tie a loop's result to the carried value; both stay whole if one dim cannot be tied."""
