@@ -55,7 +55,10 @@ def originals(instructions: Sequence[Instruction], loop_of: Mapping[int, int]) -
 def _equal_constants(
     instructions: Sequence[Instruction], loop_of: Mapping[int, int]
 ) -> dict[int, int]:
-    """Tensor -> the first tensor with the same value, for constants and broadcasts."""
+    """Tensor -> the first tensor that is computed alike, for constants and broadcasts.
+
+    Attributes are not compared here either.
+    """
     same: dict[int, int] = {}
     first: dict[tuple[object, ...], Instruction] = {}
     constants: set[int] = set()
