@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 from partita.capture.program import capture_program, checked_call, is_keras_model
 from partita.comparison import Comparison, compare_plans
-from partita.errors import PartitaError
+from partita.errors import PartitaError, PlanError
 from partita.files.writing import path_of
 from partita.machine import Machine
 from partita.planning import (
@@ -26,9 +26,11 @@ from partita.planning import (
     SearchOptions,
     check_functions,
     check_measurable,
+    given_plan,
     make_planner,
     plan_sentence,
     resolve_machine,
+    resolve_plan,
     search_plan,
     simulate_plan,
     with_reasons,
@@ -138,9 +140,10 @@ def compile_for(
     """A plan compiled by the compiler of a machine that need not be here, beside the plan's own
     figures: peak memory, collectives, FLOPs.
 
-    The program is a Keras model or a step, as for `plan`, or a step that `capture_program` has
-    captured. The machine is the one that the plan is for, unless it is given. The compiled program
-    stays in Partita's cache.
+    The plan is a Plan, a plan file, or a name as for `simulate`. The program is a Keras model or a
+    step, as for `plan`, or a step that `capture_program` has captured. The machine is the one that
+    the plan is for, unless it is given; a name needs one. The compiled program stays in Partita's
+    cache.
 
     Raises a CompilerError if the compiler is not installed, does not know the machine, or gives
     up; and a MemoryBudgetError if the compiler refuses the program as too large.
@@ -151,13 +154,18 @@ def compile_for(
     from partita.capture.jax_functions import Captured
     from partita.execute.compilers.compiled_plan import compile_captured
 
-    if not isinstance(plan, Plan):
-        plan = Plan.load(plan)
-    resolved = resolve_machine(machine if machine is not None else plan.machine)
+    given = given_plan(plan)
+    if machine is None:
+        if not isinstance(given, Plan):
+            raise PlanError(f"The plan '{plan}' names no machine: give one, as machine='h100:8'.")
+        machine = given.machine
+    resolved = resolve_machine(machine)
     captured = program
     if not isinstance(program, Captured):
         captured = capture_program(program, batch_size, batch, args, resolved.target or None)
-    return compile_captured(captured, plan, resolved)
+    if not isinstance(given, Plan):
+        given = resolve_plan(plan, captured.graph, resolved)
+    return compile_captured(captured, given, resolved)
 
 
 def compare(

@@ -19,7 +19,7 @@ import pytest
 import partita
 from partita.capture.jax_functions import Leaf, capture_step
 from partita.capture.targets import CaptureTarget
-from partita.errors import CompilerError, MemoryBudgetError
+from partita.errors import CompilerError, MemoryBudgetError, PlanError
 from partita.execute.compilers import compiled_plan, run
 from partita.execute.compilers.compiled_plan import compile_captured
 from partita.execute.compilers.cuda import CARDS, CudaCompiler, card_of, config_of
@@ -113,6 +113,16 @@ def test_a_plan_compiles_for_a_cpu_and_stays_in_the_cache(cache, monkeypatch):
     monkeypatch.setattr(run, "read_bytes", noted)
     assert partita.compile_for(plan, step, machine=machine) == compiled
     assert files == ["program.hlo.gz"]  # once
+
+
+def test_a_baseline_is_compiled_by_its_name(cache):
+    machine = host(4, 4 << 30)
+    step, plan = planned("data parallel", machine)
+    assert partita.compile_for("dp", step, machine=machine) == partita.compile_for(
+        plan, step, machine=machine
+    )
+    with pytest.raises(PlanError, match="The plan 'dp' names no machine: give one"):
+        partita.compile_for("dp", step)
 
 
 def test_a_damaged_program_in_the_cache_is_compiled_again(cache, monkeypatch):
