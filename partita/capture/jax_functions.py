@@ -113,6 +113,12 @@ def capture_step(
         raise CaptureError(
             f"The training step of '{name}' cannot be captured: {reason(error)}"
         ) from error
+    if exported.nr_devices > 1:
+        raise CaptureError(
+            f"The training step of '{name}' is split over {exported.nr_devices} devices already, "
+            "by shard_map, pmap or a sharding constraint. Write it for one device, or over a mesh "
+            "of one: Partita splits it."
+        )
     source = prepare(exported.mlir_module_serialized, target.platform)
     signature = Signature(
         tuple(leaves),

@@ -17,6 +17,7 @@ from partita.capture.conditionals import split_conditionals
 from partita.capture.fused_products import PAD, split_fused_products
 from partita.capture.instructions import adds, dot_dims
 from partita.capture.names import location_name, phase_of
+from partita.capture.single_device import drop_collectives
 from partita.capture.stablehlo import (
     DTYPES,
     OPAQUE,
@@ -56,6 +57,7 @@ def prepare_text(text: str, platform: str) -> bytes:
 
 def _prepared(module: ir.Module, platform: str) -> bytes:
     _inline_calls(module)
+    drop_collectives(module)
     if platform == "cpu":
         drop_barriers(module)
     run(module, "builtin.module(cse)")

@@ -5,11 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from partita.capture.jax_functions import Leaf, Text, capture_step
 from partita.capture.names import layer_path, phase_of, split_name
 from partita.capture.prepare import prepare
 from partita.capture.reader import read
+from partita.errors import CaptureError
 from partita.graph.operator_graph import Window
 
 F32 = "float32"
@@ -236,3 +239,37 @@ def test_each_use_of_a_layer_in_a_difference_owns_its_products() -> None:
         products.append(names.count("dot_general"))
     # The hidden layers have no gradient of the batch.
     assert sorted(products) == [2, 2, 3, 3]
+
+
+def over_devices(devices: int):
+    """A loss whose product is in a `shard_map` over a mesh of devices, with every collective."""
+    mesh = jax.make_mesh((devices,), ("m",), axis_types=(AxisType.Auto,))
+
+    def product(w, x):
+        y = jax.lax.all_gather(x @ w, "m", axis=1, tiled=True)
+        y = jax.lax.psum_scatter(y, "m", scatter_dimension=1, tiled=True)
+        y = jax.lax.all_to_all(y, "m", 1, 1, tiled=True)
+        y += jax.lax.ppermute(y, "m", [(0, 0)]) * (2 - 1j)
+        y += jax.lax.ppermute(y, "m", [])
+        return jnp.abs(y) + jax.lax.axis_index("m")
+
+    split = jax.shard_map(
+        product, mesh=mesh, in_specs=(P(), P("m")), out_specs=P("m"), check_vma=False
+    )
+    return lambda w, x: jnp.sum(split(w, x) ** 2)
+
+
+def test_collectives_over_a_mesh_of_one_device_are_its_own_values() -> None:
+    loss = over_devices(1)
+    program = captured(loss, (4, 6))
+    names = {instruction.name for instruction in program.graph.instructions}
+    assert not {name for name in names if "all_" in name or "collective" in name or "_id" in name}
+    w = np.linspace(-1, 2, 24, dtype=F32).reshape(4, 6)
+    x = np.linspace(0, 1, 32, dtype=F32).reshape(8, 4)
+    outputs, _ = jax.jit(program.text.call)((w,), x)
+    np.testing.assert_allclose(outputs["loss"], loss(w, x), rtol=1e-5)
+
+
+def test_a_step_over_several_devices_is_refused() -> None:
+    with pytest.raises(CaptureError, match="split over 2 devices already, by shard_map, pmap or a"):
+        captured(over_devices(2), (4, 6))
