@@ -35,9 +35,11 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from partita.cost.early_sums import EarlySum, early_sums
 from partita.cost.fusion import Fusion, kernel_reads
+from partita.cost.gathered import is_gathered
 from partita.cost.joined import computes_rows, joined_kernels
 from partita.cost.partial import summed_factors, sums_over_devices
 from partita.graph.flat import PRODUCTS, Reader, readers_of
@@ -68,6 +70,8 @@ class Delay:
     """The instruction at which it runs."""
     reads: frozenset[int]
     """The tensors that it reads from memory."""
+    includes: int = -1
+    """The root of another kernel that it computes as well, -1 for none."""
 
 
 def delayed_kernels(
@@ -88,10 +92,10 @@ def delayed_kernels(
     """
     if layout.host:
         return {}
-    delays = {
-        root: Delay(_end_of_backward(graph), frozenset(tensors))
-        for root, tensors in delayed_reductions(graph, layout, fused).items()
-    }
+    delays = {}
+    for root, first in delayed_reductions(graph, layout, fused).items():
+        tensors = {t for i in (root, first) for t in kernel_reads(graph, fused).get(i, ())}
+        delays[root] = Delay(_end_of_backward(graph), frozenset(tensors), first)
     sums = early_sums(graph, layout, mesh)
     products = _delayed_products(graph, layout, fused, sums)
     products |= _delayed_slices(graph, fused, layout, gathers, sums)
@@ -172,8 +176,8 @@ def delayed_reductions(
     graph: OperatorGraph,
     layout: Layout,
     fused: Fusion,
-) -> dict[int, set[int]]:
-    """Root of a delayed reduction -> the tensors that it reads from memory."""
+) -> dict[int, int]:
+    """Root of a delayed reduction -> the reduction whose result it sums further, -1 for none."""
     late = [
         root
         for root in fused.kernels
@@ -184,6 +188,7 @@ def delayed_reductions(
     if not late:
         return {}
     source = producers(graph)
+    gathered = {r for read in layout.reads if is_gathered(layout, read) for r in read.readers}
     joined = {
         root
         for root, tensor in joined_kernels(graph, fused).saved
@@ -191,11 +196,9 @@ def delayed_reductions(
     }
     delayed = {}
     for root in late:
-        if root not in joined:
-            first = _first_reduction(graph, source, root)
-            delayed[root] = {
-                tensor for i in (root, first) for tensor in kernel_reads(graph, fused).get(i, ())
-            }
+        readers = set(chain.from_iterable(kernel_reads(graph, fused)[root].values()))
+        if root not in joined or not gathered.isdisjoint(readers):
+            delayed[root] = _first_reduction(graph, source, root)
     return delayed
 
 

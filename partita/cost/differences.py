@@ -10,8 +10,9 @@ reductions are split into many blocks before (TreeReductionRewriter).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
+from partita.cost.backends.base import FusionRules
 from partita.graph.operator_graph import ITEMSIZE, Instruction, OperatorGraph, producers
 from partita.plans.layout import Layout, local_shape
 from partita.plans.plan import Mesh
@@ -31,21 +32,23 @@ def written_differences(
     layout: Layout,
     mesh: Mesh,
     computed_in: Sequence[Sequence[int]],
-    longest_column: int,
+    rules: FusionRules,
+    over_rows: Set[int],
 ) -> set[int]:
     """The differences that are written although every reader could compute them.
 
-    `computed_in`: instruction -> roots of the kernels that compute it. Reductions of more than
-    `longest_column` rows are split.
+    `computed_in`: instruction -> roots of the kernels that compute it. Those `over_rows` sum over
+    minor dims, whatever their shapes say. Reductions of more than `rules.longest_column` rows are
+    split.
     """
     written = set()
     for i, instruction in enumerate(graph.instructions):
         if len(computed_in[i]) < 2 or not _spreads_rows(graph, instruction):
             continue
-        for root in computed_in[i]:
+        for root in set(computed_in[i]) - over_rows:
             rows, columns = _rows_and_columns(graph, layout, mesh, root)
             itemsize = ITEMSIZE.get(graph.tensors[instruction.results[0]].dtype, 4)
-            if 0 < rows <= longest_column and is_slower_fused(rows, columns, itemsize):
+            if 0 < rows <= rules.longest_column and is_slower_fused(rows, columns, itemsize):
                 written.add(i)
     return written
 

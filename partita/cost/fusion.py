@@ -4,7 +4,7 @@ XLA's instruction fusion goes from the last instruction to the first and pulls p
 consumer. A cheap producer with several consumers is duplicated into each of them; an expensive one
 is written once and read. This is that algorithm on an OperatorGraph, as the CPU backend runs it
 (xla/service/instruction_fusion.cc and cpu/cpu_instruction_fusion.cc), without its rules on layouts
-and index arithmetic.
+and index arithmetic. `cost.laid_out_fusion` cuts the kernels where a plan has a collective.
 
 FLOPs, traffic and peak memory of light instructions follow from it.
 """
@@ -18,9 +18,6 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from partita.cost.backends.base import FusionRules
-from partita.cost.collectives import communicating
-from partita.cost.differences import written_differences
-from partita.cost.partial import pending_sums, split_axes
 from partita.graph.flat import EDGE_KERNELS, PRODUCTS, Reader, transposes
 from partita.graph.operator_graph import (
     IdentityKey,
@@ -29,8 +26,6 @@ from partita.graph.operator_graph import (
     per_graph,
     producers,
 )
-from partita.plans.layout import Layout
-from partita.plans.plan import Mesh
 
 ALONE = {
     *EDGE_KERNELS,
@@ -645,148 +640,6 @@ class _Fuser:
         if not self.expensive[producer]:
             return True
         return len(self.readers[producer]) == 1 and not self._spreads(reader, producer)
-
-
-def cut(
-    graph: OperatorGraph,
-    fused: Fusion,
-    barriers: Set[Reader],
-    ends: Set[int],
-) -> Fusion:
-    """The kernels of a graph when collectives divide them.
-
-    Collectives happen at the reads `barriers`, pairs (instruction, operand position), and after the
-    instructions `ends`, which may be others that are written.
-    """
-    return _Cutter(graph, fused, barriers, ends).run()
-
-
-class _Cutter:
-    """Cuts kernels at collectives. A cut part becomes a kernel, unless it is one already."""
-
-    def __init__(
-        self,
-        graph: OperatorGraph,
-        fused: Fusion,
-        barriers: Set[Reader],
-        ends: Set[int],
-    ) -> None:
-        self.graph = graph
-        self.fused = fused
-        self.barriers = barriers
-        self.ends = ends
-        self.producer = producers(graph)
-        touched: set[int] = set()
-        for instruction, _ in barriers:
-            touched.update(fused.computed_in[instruction])
-        for instruction in ends:
-            roots = fused.computed_in[instruction]
-            touched.update(root for root in roots if root != instruction)
-        self.touched = touched
-        self.allowed = {root: set(fused.kernels[root]) for root in touched}
-        """Root of a kernel to rebuild -> the instructions that it may compute."""
-        self.roots = sorted(touched, reverse=True)
-        """Roots of kernels still to rebuild, the next one last."""
-
-    def run(self) -> Fusion:
-        kernels = {
-            root: kernel for root, kernel in self.fused.kernels.items() if root not in self.touched
-        }
-        while self.roots:
-            root = self.roots.pop()
-            kernels[root] = self._kernel(root)
-        return Fusion(dict(sorted(kernels.items())), self._computed_in(kernels))
-
-    def _kernel(self, root: int) -> Kernel:
-        """The instructions of a kernel up to its collectives.
-
-        Instructions behind a collective get kernels of their own.
-        """
-        allowed = self.allowed[root]
-        inside = {root}
-        stack = [root]
-        while stack:
-            instruction = stack.pop()
-            for position, tensor in enumerate(self.graph.instructions[instruction].operands):
-                producer = self.producer.get(tensor)
-                if producer is None or producer not in allowed or producer in inside:
-                    continue
-                if producer in self.ends or (instruction, position) in self.barriers:
-                    self._add_root(producer, allowed)
-                else:
-                    inside.add(producer)
-                    stack.append(producer)
-        return tuple(sorted(inside))
-
-    def _add_root(self, instruction: int, allowed: set[int]) -> None:
-        """Gives an instruction behind a collective a kernel, unless it has one or is a constant."""
-        if instruction in self.fused.kernels:
-            return
-        if self.graph.instructions[instruction].name == "constant":
-            return
-        if instruction not in self.allowed:
-            self.allowed[instruction] = set()
-            self.roots.append(instruction)
-        self.allowed[instruction] |= allowed
-
-    def _computed_in(self, kernels: dict[int, Kernel]) -> tuple[tuple[int, ...], ...]:
-        new_roots: dict[int, set[int]] = {}
-        for root in self.touched:
-            for instruction in self.fused.kernels[root]:
-                if instruction not in new_roots:
-                    old_roots = self.fused.computed_in[instruction]
-                    new_roots[instruction] = set(old_roots) - self.touched
-        for root in self.allowed:
-            for instruction in kernels[root]:
-                new_roots[instruction].add(root)
-        computed_in = list(self.fused.computed_in)
-        for instruction, roots in new_roots.items():
-            computed_in[instruction] = tuple(sorted(roots))
-        return tuple(computed_in)
-
-
-def fused_under(
-    graph: OperatorGraph,
-    layout: Layout,
-    rules: FusionRules,
-    mesh: Mesh | None = None,
-) -> Fusion:
-    """The kernels of a laid-out graph: tensors before a reshard or an all-reduce are written.
-
-    With a mesh, so are differences by the sizes of a device (`cost.differences`).
-    """
-    return _fused_under(IdentityKey(graph), IdentityKey(layout), rules, mesh)
-
-
-@lru_cache(maxsize=2)
-def _fused_under(
-    graph_key: IdentityKey[OperatorGraph],
-    layout_key: IdentityKey[Layout],
-    rules: FusionRules,
-    mesh: Mesh | None,
-) -> Fusion:
-    graph = graph_key.value
-    layout = layout_key.value
-    barriers, ends = collective_borders(graph, layout)
-    fused = fusion(graph, rules, frozenset(ends))
-    if mesh is not None and rules.longest_column:
-        ends |= written_differences(graph, layout, mesh, fused.computed_in, rules.longest_column)
-    return cut(graph, fused, barriers, ends)
-
-
-def collective_borders(graph: OperatorGraph, layout: Layout) -> tuple[set[Reader], set[int]]:
-    """(reads of resharded tensors, instructions whose results devices sum)."""
-    pending = pending_sums(graph, layout)
-    ends = set(pending.totals.values())
-    for communication in communicating(graph):
-        results = graph.instructions[communication.instruction].results
-        is_split = split_axes(layout, communication.operator, communication.reduced)
-        if is_split and pending.axes.keys().isdisjoint(results):
-            ends.add(communication.instruction)
-    barriers = set()
-    for read in layout.reads:
-        barriers.update(reader for reader in read.readers if reader[0] >= 0)
-    return barriers, ends
 
 
 def kernel_reads(graph: OperatorGraph, fused: Fusion) -> Mapping[int, Mapping[int, list[Reader]]]:

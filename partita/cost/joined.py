@@ -21,7 +21,8 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from partita.cost.fusion import ALONE, FREE, Fusion, collective_borders, kernel_reads
+from partita.cost.fusion import ALONE, FREE, Fusion, kernel_reads
+from partita.cost.laid_out_fusion import collective_borders
 from partita.graph.flat import HEAVY, LIBRARY_CALLS, PRODUCTS, Reader
 from partita.graph.operator_graph import (
     IdentityKey,

@@ -8,6 +8,7 @@ Not here: bytes (`cost.memory`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -21,13 +22,13 @@ from partita.cost.delayed import (
     joined_repetitions,
 )
 from partita.cost.fusion import (
+    ALONE,
     Fusion,
-    collective_borders,
-    fused_under,
     kernel_reads,
     unwritten_products,
 )
 from partita.cost.joined import MOVING, joined_ends
+from partita.cost.laid_out_fusion import collective_borders, fused_under
 from partita.cost.partial import (
     Factors,
     gradients,
@@ -44,7 +45,7 @@ from partita.graph.operator_graph import (
     producers,
 )
 from partita.machine import Backend
-from partita.plans.layout import Layout
+from partita.plans.layout import Layout, Sharding
 from partita.plans.plan import Mesh
 
 
@@ -207,6 +208,8 @@ class Lifetimes:
     replaced: frozenset[int] = frozenset()
     """Tensors whose memory the result of their last reader takes, or in whose place a product
     writes it."""
+    sliced: frozenset[int] = frozenset()
+    """Tensors of which a device computes only the slices that it reads."""
     pooled_at: dict[int, int] = field(default_factory=dict)
     """Scatter of a gradient of pooling -> the instruction before which its zeros and the positions
     of maxima are written."""
@@ -251,6 +254,12 @@ def lifetimes_under(
             dies[tensor] = max(dies.get(tensor, -1), last_read)
     for tensor, end in ends.items():
         dies[tensor] = max(dies.get(tensor, -1), end)
+    sliced: dict[int, int] = {}
+    if compiler_of(backend).buffers.computed_slices:
+        sliced = _sliced(graph, layout, fused, delayed)
+    for tensor, time in sliced.items():
+        for operand in kernel_reads(graph, fused)[program.producer[tensor]]:
+            dies[operand] = max(dies.get(operand, -1), time)
     in_memory = fused.written(graph) - program.constants
     in_memory -= _read_through_barriers(graph, layout, dies)
     runs_at = {root: delayed[root].time if root in delayed else root for root in fused.kernels}
@@ -265,13 +274,16 @@ def lifetimes_under(
         replaced = _computed_in_products(graph, layout, fused)
     last_kernel = [roots[-1] if roots else i for i, roots in enumerate(fused.computed_in)]
     for root, delay in delayed.items():
-        for i in fused.kernels[root]:
+        for i in (*fused.kernels[root], *fused.kernels.get(delay.includes, ())):
             last_kernel[i] = max(last_kernel[i], delay.time)
     scatters = [i for i, _ in program.pool_gradients]
     pooled_at = dict(zip(scatters, scatters, strict=True))
     if hides_collectives and scatters:
         pooled_at = independent_times(graph, layout, fused, delayed, scatters)
-    return Lifetimes(born, dies, tuple(last_kernel), replaced, pooled_at)
+    for tensor, time in sliced.items():
+        for i in fused.kernels[program.producer[tensor]]:
+            last_kernel[i] = max(last_kernel[i], time)
+    return Lifetimes(born, dies, tuple(last_kernel), replaced, frozenset(sliced), pooled_at)
 
 
 def _replaced_operands(
@@ -303,6 +315,46 @@ def _replaced_operands(
                 replaced.add(tensor)
                 break
     return frozenset(replaced)
+
+
+def _sliced(
+    graph: OperatorGraph, layout: Layout, fused: Fusion, delayed: Mapping[int, Delay]
+) -> dict[int, int]:
+    """Value of an elementwise kernel of which every reader reads a slice -> the instruction at
+    which the last of the slices is computed.
+
+    XLA:GPU's fusion moves the kernel into the slices, and these into elementwise readers.
+    """
+    _, ends = collective_borders(graph, layout)
+    read_whole = {*graph.outputs}
+    for loop in graph.loops:
+        read_whole.update(tensor for tensors in loop.carried for tensor in tensors)
+    times: dict[int, int] = {}
+    producer = producers(graph)
+    for root, read in reversed(kernel_reads(graph, fused).items()):
+        for tensor, readers in read.items():
+            own = layout.shardings[tensor]
+            targets = {layout.targets.get(reader, own) for reader in readers}
+            if own in targets or not all(_is_part(own, target) for target in targets):
+                read_whole.add(tensor)
+                continue
+            time = delayed[root].time if root in delayed else root
+            if graph.instructions[root].name in ALONE:
+                time = producer.get(tensor, -1)
+            times[tensor] = max(time, times.get(tensor, -1))
+    return {
+        tensor: time
+        for tensor, time in times.items()
+        if tensor not in read_whole
+        and producer.get(tensor, -1) in fused.kernels
+        and producer[tensor] not in ends
+        and graph.instructions[producer[tensor]].name not in ALONE | {"reduce"}
+    }
+
+
+def _is_part(own: Sharding, target: Sharding) -> bool:
+    """Whether a shard of one sharding contains the device's shard of another."""
+    return all(axes == wider[: len(axes)] for axes, wider in zip(own, target, strict=True))
 
 
 def _computed_in_products(graph: OperatorGraph, layout: Layout, fused: Fusion) -> frozenset[int]:

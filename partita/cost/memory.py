@@ -27,8 +27,9 @@ from partita.cost.backends import compiler_of
 from partita.cost.backends.base import Kernel, TableAccess
 from partita.cost.collectives import DEFAULT, collectives, emitted_sums
 from partita.cost.early_sums import early_sums, update_gradients
-from partita.cost.fusion import ALONE, Fusion, fused_under, kernel_reads
+from partita.cost.fusion import ALONE, Fusion, kernel_reads
 from partita.cost.joined import computed_together
+from partita.cost.laid_out_fusion import fused_under
 from partita.cost.lifetimes import Lifetimes, lifetimes_under, static_lifetimes
 from partita.cost.partial import split_axes
 from partita.cost.recomputed import Lifetime, Recomputable, drops
@@ -547,7 +548,7 @@ class _Allocator:
             argument.result for argument in self.graph.arguments if argument.result is not None
         }
         for tensor, born in self.lifetimes.born.items():
-            if tensor in self.arguments or tensor in variables:
+            if tensor in self.arguments or tensor in variables or tensor in self.lifetimes.sliced:
                 continue
             if tensor in self.program.work_spaces:
                 self._add(tensor, self._bytes(tensor), born, born, WORK_SPACE)

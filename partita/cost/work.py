@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import Compiler, ProductShape
 from partita.cost.collectives import DEFAULT, Collective, Reach, collectives, reaches
-from partita.cost.fusion import fused_under
 from partita.cost.image_pieces import piece_ratios
+from partita.cost.laid_out_fusion import fused_under
 from partita.cost.partial import Factors, reduced_factors
 from partita.graph.flat import dilates_operand, transposes
 from partita.graph.operator_graph import (

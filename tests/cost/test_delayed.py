@@ -20,7 +20,8 @@ from partita.cost.delayed import (
     independent_times,
     joined_repetitions,
 )
-from partita.cost.fusion import fused_under
+from partita.cost.fusion import kernel_reads
+from partita.cost.laid_out_fusion import fused_under
 from partita.cost.memory import memory
 from partita.cost.terms import cost_terms
 from partita.graph.flat import PRODUCTS
@@ -52,7 +53,11 @@ def delayed(graph, baseline):
     plan = BASELINES[baseline](graph, GPU.name, mesh_of(GPU))
     layout = layout_of(graph, plan)
     fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules)
-    return delayed_reductions(graph, layout, fused)
+    read_by = kernel_reads(graph, fused)
+    return {
+        root: {*read_by[root], *read_by.get(first, ())}
+        for root, first in delayed_reductions(graph, layout, fused).items()
+    }
 
 
 def test_a_reduction_of_a_reduction_reads_the_whole_operand(graph):

@@ -6,7 +6,7 @@ import pytest
 from partita.capture.program import capture_program
 from partita.cost.backends import compiler_of
 from partita.cost.differences import is_slower_fused
-from partita.cost.fusion import fused_under
+from partita.cost.laid_out_fusion import fused_under
 from partita.machine import load
 from partita.plans.baselines import BASELINES
 from partita.plans.layout import layout_of

@@ -9,8 +9,9 @@ import pytest
 
 from partita.capture.jax_functions import Leaf, capture_step
 from partita.cost.backends import compiler_of
-from partita.cost.fusion import fused_under, fusion, reads
+from partita.cost.fusion import fusion, reads
 from partita.cost.joined import _without_light, computed_together, joined_kernels
+from partita.cost.laid_out_fusion import fused_under
 from partita.cost.lifetimes import lifetimes_under
 from partita.cost.terms import cost_terms
 from partita.graph.operator_graph import IdentityKey, OperatorGraph, constant_tensors

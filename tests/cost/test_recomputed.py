@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from partita.cost.backends import compiler_of
-from partita.cost.fusion import fused_under
+from partita.cost.laid_out_fusion import fused_under
 from partita.cost.lifetimes import lifetimes_under
 from partita.cost.memory import _allocations, _recomputable, memory
 from partita.cost.recomputed import Drop, Lifetime, Recomputable, Recomputation, drops

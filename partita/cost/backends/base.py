@@ -65,6 +65,8 @@ class FusionRules:
     """Products of one operand with several are one product, which also converts these others."""
     adds_in_products: bool = False
     """A product adds its result to another value of the same dtype, which it replaces."""
+    gathers_first: bool = False
+    """A gather makes the gathered dim the major one, and elementwise kernels keep this order."""
     longest_chain: float = math.inf
     """Instructions, one after another, that are computed again for another reader, at most."""
 
@@ -108,6 +110,8 @@ class Buffers:
     late_positions: bool = False
     """The gradient of pooling by maximum has zeros and the positions of maxima in memory, from
     before it (`cost.delayed.independent_times`) until it has run."""
+    computed_slices: bool = False
+    """Of an elementwise value, a device computes only the slices that its readers read."""
     filled_gradients: bool = False
     """The weight gradient of a convolution over a dilated operand is a dense convolution: its
     window is the operand with zeros in its holes, and the other operand has a copy."""

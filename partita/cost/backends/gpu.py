@@ -67,6 +67,7 @@ class XlaGpu(XlaAccelerator):
             reads_reversed=True,
             merges_products=True,
             adds_in_products=True,
+            gathers_first=True,
             longest_chain=LONGEST_CHAIN,
         )
 
@@ -85,6 +86,7 @@ class XlaGpu(XlaAccelerator):
             replaced_operands=True,
             ordered_kernels=True,
             filled_gradients=True,
+            computed_slices=True,
             shared_zeros=True,
             late_positions=True,
         )
