@@ -8,9 +8,11 @@ stay in memory until then:
   end of the backward pass.
 - The product for the gradient of a weight waits for a collective that the backward pass needs. The
   last collective takes the last gradients before it, the one before takes those before them. That
-  for the gradient of a stored weight waits for the next gather of variables at least. Beyond the
-  memory of a device, no kernel is delayed further than to that gather. A sum that a product waits
-  for (`cost.early_sums`) takes the products for its own gradients, whatever the memory.
+  for the gradient of a stored weight waits for the next gather of variables at least. One whose
+  result devices exchange, as of a fused weight, precedes that collective: it is not delayed.
+  Beyond the memory of a device, no kernel is delayed further than to that gather. A sum that a
+  product waits for (`cost.early_sums`) takes the products for its own gradients, whatever the
+  memory.
 - The loss, for whose number no gradient waits, is computed at the end of the backward pass where
   its sum over devices is joined with the sums of gradients.
 
@@ -20,7 +22,8 @@ take the room that is left, and run earlier than in program order.
 Two kinds of reductions:
 
 - One that is joined with another kernel runs with it and is not delayed (`cost.joined`). Nothing is
-  joined with a kernel of rows, as of a softmax.
+  joined with a kernel of rows, as of a softmax, or with one whose result devices sum. Gradients of
+  a scale and a bias that are joined with each other alone are delayed.
 - One that sums the result of another one further, as the gradient of a group normalization's scale,
   sums the operand of that other one in one pass (AlgebraicSimplifier), so it reads large values.
 
@@ -39,8 +42,9 @@ from itertools import chain
 
 from partita.cost.early_sums import EarlySum, early_sums
 from partita.cost.fusion import Fusion, kernel_reads
-from partita.cost.gathered import is_gathered
-from partita.cost.joined import computes_rows, joined_kernels
+from partita.cost.gathered import is_gathered, is_moved
+from partita.cost.joined import computed_together, computes_rows, joined_kernels, light_reads
+from partita.cost.laid_out_fusion import collective_borders
 from partita.cost.partial import summed_factors, sums_over_devices
 from partita.graph.flat import PRODUCTS, Reader, readers_of
 from partita.graph.gradient_sums import PASSING
@@ -94,7 +98,7 @@ def delayed_kernels(
         return {}
     delays = {}
     for root, first in delayed_reductions(graph, layout, fused).items():
-        tensors = {t for i in (root, first) for t in kernel_reads(graph, fused).get(i, ())}
+        tensors = {t for i in (root, first) for t in _fewest_reads(graph, layout, fused, i)}
         delays[root] = Delay(_end_of_backward(graph), frozenset(tensors), first)
     sums = early_sums(graph, layout, mesh)
     products = _delayed_products(graph, layout, fused, sums)
@@ -109,6 +113,13 @@ def delayed_kernels(
                 time = next((time for time in gathers if time > root), root)
                 delays[root] = replace(delay, time=min(delay.time, time))
     return {root: delay for root, delay in delays.items() if delay.time > root}
+
+
+def _fewest_reads(graph: OperatorGraph, layout: Layout, fused: Fusion, root: int) -> Set[int]:
+    """The tensors that a kernel reads; light ones are computed from others if these are smaller."""
+    direct = frozenset(kernel_reads(graph, fused).get(root, ()))
+    light = light_reads(graph, layout, fused).get(root, direct)
+    return min(direct, light, key=lambda tensors: sum(graph.tensors[t].nbytes for t in tensors))
 
 
 def _delayed_losses(graph: OperatorGraph, layout: Layout, fused: Fusion) -> list[int]:
@@ -189,10 +200,18 @@ def delayed_reductions(
         return {}
     source = producers(graph)
     gathered = {r for read in layout.reads if is_gathered(layout, read) for r in read.readers}
+    _, ends = collective_borders(graph, layout)
+    apart = {*late, *ends}
+    together = {
+        root
+        for roots in computed_together(graph, layout, fused)
+        if not apart.issuperset(roots)
+        for root in roots
+    }
     joined = {
         root
         for root, tensor in joined_kernels(graph, fused).saved
-        if not computes_rows(graph, fused, source.get(tensor, -1))
+        if root in together and not computes_rows(graph, fused, source.get(tensor, -1))
     }
     delayed = {}
     for root in late:
@@ -293,11 +312,13 @@ def _delayed_slices(
     once the next of the gathers has begun; without gathers, at the end of the pass.
     """
     sliced = _sliced(graph, layout)
+    source = producers(graph)
+    moved = {source.get(read.tensor, -1) for read in layout.reads if is_moved(layout, read)}
     delayed = {}
     waiting = []
     for root in fused.kernels:
         is_product = graph.instructions[root].name in PRODUCTS
-        if not (is_product and root in sliced and root in _gradients(graph)):
+        if not (is_product and root in sliced and root in _gradients(graph)) or root in moved:
             continue
         total = sums.get(graph.instructions[root].results[0])
         if total:
@@ -407,12 +428,8 @@ def _gathers_of_gradients(graph: OperatorGraph, layout: Layout) -> set[int]:
         i = source.get(read.tensor, -1)
         if i < 0 or graph.instructions[i].phase != "backward":
             continue
-        own = layout.shardings[read.tensor]
-        is_gathered = any(
-            axes != wide[: len(axes)] for axes, wide in zip(own, read.target, strict=True)
-        )
         readers = [graph.instructions[reader] for reader, _ in read.readers if reader >= 0]
-        if is_gathered and any(reader.phase == "backward" for reader in readers):
+        if is_moved(layout, read) and any(reader.phase == "backward" for reader in readers):
             times.add(i)
     return times
 

@@ -25,9 +25,19 @@ from partita.plans.plan import Mesh
 
 def is_gathered(layout: Layout, read: Read) -> bool:
     """Whether a read gathers dims, none of them the first."""
+    gathers = _gathers(layout, read)
+    return any(gathers) and not gathers[0]
+
+
+def is_moved(layout: Layout, read: Read) -> bool:
+    """Whether devices read parts of a tensor that others have."""
+    return any(_gathers(layout, read))
+
+
+def _gathers(layout: Layout, read: Read) -> list[bool]:
+    """Per dim, whether a device reads parts that others have."""
     own = layout.shardings[read.tensor]
-    wider = [axes != wide[: len(axes)] for axes, wide in zip(own, read.target, strict=True)]
-    return any(wider) and not wider[0]
+    return [axes != wide[: len(axes)] for axes, wide in zip(own, read.target, strict=True)]
 
 
 def kernels_of_gathers(layout: Layout, fused: Fusion) -> set[int]:

@@ -110,14 +110,34 @@ def _computed_together(
     fused_key: IdentityKey[Fusion],
 ) -> tuple[tuple[int, ...], ...]:
     graph, fused = graph_key.value, fused_key.value
-    barriers, ends = collective_borders(graph, layout_key.value)
-    moved = {graph.instructions[reader].operands[position] for reader, position in barriers}
-    moved.update(tensor for i in ends for tensor in graph.instructions[i].results)
     reads_of = kernel_reads(graph, fused)
-    read_by = _without_light(graph, fused, reads_of, moved)
+    read_by = light_reads(graph, layout_key.value, fused)
     apart = {root for root in fused.kernels if computes_rows(graph, fused, root)}
     apart |= _bias_kernels(graph, fused, reads_of)
     return _Joiner(graph, fused, read_by, apart).together()
+
+
+def light_reads(
+    graph: OperatorGraph, layout: Layout, fused: Fusion
+) -> Mapping[int, frozenset[int]]:
+    """Root -> the tensors that its kernel reads if readers compute light values themselves.
+
+    Light values are missing as roots.
+    """
+    return _light_reads(IdentityKey(graph), IdentityKey(layout), IdentityKey(fused))
+
+
+@lru_cache(maxsize=2)
+def _light_reads(
+    graph_key: IdentityKey[OperatorGraph],
+    layout_key: IdentityKey[Layout],
+    fused_key: IdentityKey[Fusion],
+) -> Mapping[int, frozenset[int]]:
+    graph, fused = graph_key.value, fused_key.value
+    barriers, ends = collective_borders(graph, layout_key.value)
+    moved = {graph.instructions[reader].operands[position] for reader, position in barriers}
+    moved.update(tensor for i in ends for tensor in graph.instructions[i].results)
+    return _without_light(graph, fused, kernel_reads(graph, fused), moved)
 
 
 def _without_light(

@@ -10,9 +10,15 @@ from partita.cost.collectives import communicating
 from partita.cost.differences import written_differences
 from partita.cost.fusion import Fusion, Kernel, fusion
 from partita.cost.gathered import kernels_of_gathers, with_gathered_sums, written_masks
-from partita.cost.partial import pending_sums, split_axes
-from partita.graph.flat import Reader
-from partita.graph.operator_graph import IdentityKey, OperatorGraph, producers
+from partita.cost.partial import pending_sums, split_axes, summed_factors
+from partita.cost.reshard import Axes
+from partita.graph.flat import Reader, readers_of
+from partita.graph.operator_graph import (
+    IdentityKey,
+    OperatorGraph,
+    first_backward,
+    producers,
+)
 from partita.plans.layout import Layout
 from partita.plans.plan import Mesh
 
@@ -40,6 +46,8 @@ def _fused_under(
     graph = graph_key.value
     layout = layout_key.value
     barriers, ends = collective_borders(graph, layout)
+    if rules.joins_sums:
+        ends |= added_sums(graph, layout)
     fused = fusion(graph, rules, frozenset(ends))
     if mesh is not None and rules.longest_column:
         rows = kernels_of_gathers(layout, fused) if rules.gathers_first else frozenset()
@@ -65,6 +73,32 @@ def collective_borders(graph: OperatorGraph, layout: Layout) -> tuple[set[Reader
     for read in layout.reads:
         barriers.update(reader for reader in read.readers if reader[0] >= 0)
     return barriers, ends
+
+
+def added_sums(graph: OperatorGraph, layout: Layout) -> set[int]:
+    """Additions of the backward pass after which devices sum, instead of the operands."""
+    axes_of: dict[int, Axes] = {}
+    """Tensor that devices sum -> the mesh axes."""
+    additions: dict[int, int] = {}
+    targets = layout.targets
+    for i in range(first_backward(graph), len(graph.instructions)):
+        instruction = graph.instructions[i]
+        if instruction.phase != "backward" or len(instruction.results) != 1:
+            continue
+        (result,) = instruction.results
+        operands = instruction.operands
+        axes = split_axes(layout, graph.owner[i], summed_factors(graph).get(i, ()))
+        is_sum = instruction.name == "add" and len(set(operands)) == 2
+        if axes:
+            axes_of[result] = axes
+        elif is_sum and operands[0] in axes_of and axes_of[operands[0]] == axes_of.get(operands[1]):
+            readers = {r for tensor in operands for r in readers_of(graph)[tensor]}
+            if len(readers) == 2 and targets.keys().isdisjoint(readers):
+                axes_of[result] = axes_of[operands[0]]
+                for tensor in operands:
+                    additions.pop(tensor, None)
+                additions[result] = i
+    return set(additions.values())
 
 
 def cut(

@@ -1,5 +1,6 @@
 """Kernels that XLA:GPU delays: gradients of parameters, and repeated forward values."""
 
+from collections import defaultdict
 from dataclasses import replace
 
 import jax
@@ -21,11 +22,12 @@ from partita.cost.delayed import (
     joined_repetitions,
 )
 from partita.cost.fusion import kernel_reads
+from partita.cost.gathered import is_moved
 from partita.cost.laid_out_fusion import fused_under
 from partita.cost.memory import memory
 from partita.cost.terms import cost_terms
 from partita.graph.flat import PRODUCTS
-from partita.graph.operator_graph import constant_tensors, first_backward
+from partita.graph.operator_graph import constant_tensors, first_backward, producers
 from partita.graph.rematerialize import rematerialized
 from partita.machine import load
 from partita.plans.baselines import BASELINES
@@ -61,10 +63,10 @@ def delayed(graph, baseline):
 
 
 def test_a_reduction_of_a_reduction_reads_the_whole_operand(graph):
-    shapes = {
-        graph.instructions[root].path.split("/")[-1]: {graph.tensors[t].shape for t in tensors}
-        for root, tensors in delayed(graph, "one device").items()
-    }
+    shapes = defaultdict(set)
+    for root, tensors in delayed(graph, "one device").items():
+        name = graph.instructions[root].path.split("/")[-1]
+        shapes[name] |= {graph.tensors[tensor].shape for tensor in tensors}
     assert (16, 32, 32, 4, 4) in shapes["groups"]
     assert (16, 32, 32, 8) in shapes["classes"]
 
@@ -116,6 +118,42 @@ def test_weight_gradients_wait_for_the_last_sums_of_the_backward_pass(perceptron
     assert {name for name, time in times.items() if time == last} == {"up_1", "down_1", "up_2"}
     assert {name for name, time in times.items() if time == before} == {"down_2", "up_3", "down_3"}
     assert times.keys() == {"up_1", "down_1", "up_2", "down_2", "up_3", "down_3"}
+
+
+def feed_forward(policy, is_split):
+    """Two residual blocks of a normalization and two products, the first split in two or not."""
+    x = vectors = keras.Input((64, 64))
+    for block in range(2):
+        normed = keras.layers.LayerNormalization(name=f"norm_{block}", dtype=policy)(x)
+        wide = keras.layers.Dense(256, name=f"up_{block}", dtype=policy)(normed)
+        if is_split:
+            gate, wide = keras.ops.split(wide, 2, -1)
+            wide = wide * gate
+        wide = keras.ops.gelu(wide)
+        x = x + keras.layers.Dense(64, name=f"down_{block}", dtype=policy)(wide)
+    model = keras.Model(vectors, x)
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 64, target=GPU.target).graph
+    plan = BASELINES["tensor parallel"](graph, GPU.name, mesh_of(GPU))
+    layout = layout_of(graph, plan)
+    fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules, plan.mesh)
+    return graph, layout, delayed_kernels(graph, layout, plan.mesh, fused)
+
+
+def test_gradients_of_a_normalization_that_are_joined_alone_are_delayed():
+    graph, _, delays = feed_forward("mixed_bfloat16", is_split=False)
+    late = [graph.instructions[root] for root in delays]
+    assert [x.path for x in late if x.name == "reduce"].count("norm_1") == 2
+
+
+def test_gradients_that_devices_exchange_are_not_delayed():
+    """Those of a fused weight: of each slice, devices compute columns and store rows."""
+    graph, layout, delays = feed_forward("float32", is_split=True)
+    source = producers(graph)
+    moved = {source.get(read.tensor, -1) for read in layout.reads if is_moved(layout, read)}
+    products = [i for i in moved if i >= 0 and graph.instructions[i].name == "dot_general"]
+    assert any(graph.instructions[i].path == "up_1" for i in products)
+    assert delays.keys().isdisjoint(products)
 
 
 def test_gradients_of_one_joined_sum_are_not_delayed(perceptron):

@@ -65,6 +65,8 @@ class FusionRules:
     """Products of one operand with several are one product, which also converts these others."""
     adds_in_products: bool = False
     """A product adds its result to another value of the same dtype, which it replaces."""
+    joins_sums: bool = False
+    """Devices sum the result of an addition, not both of its operands, so it is in memory."""
     gathers_first: bool = False
     """A gather makes the gathered dim the major one, and elementwise kernels keep this order."""
     longest_chain: float = math.inf

@@ -67,6 +67,7 @@ class XlaGpu(XlaAccelerator):
             reads_reversed=True,
             merges_products=True,
             adds_in_products=True,
+            joins_sums=True,
             gathers_first=True,
             longest_chain=LONGEST_CHAIN,
         )
