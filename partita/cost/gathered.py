@@ -58,9 +58,10 @@ def with_gathered_sums(
     for root, read in kernel_reads(graph, fused).items():
         if not gathered or graph.instructions[root].name != "reduce":
             continue
-        for tensor in read:
+        for tensor, readers in read.items():
             kernel = fused.kernels.get(producer.get(tensor, -1), ())
-            if _keeps_order(graph, layout, gathered, kernel):
+            is_whole = layout.targets.keys().isdisjoint(readers)
+            if is_whole and _keeps_order(graph, layout, gathered, kernel):
                 computed_again.add(kernel)
                 kernels[root] = tuple(sorted({*kernels[root], *kernel}))
                 for i in kernel:

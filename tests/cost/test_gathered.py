@@ -1,5 +1,7 @@
 """Gathers over devices, which make the gathered dim the major one on GPUs (XLA:GPU)."""
 
+from dataclasses import replace
+
 import keras
 import pytest
 
@@ -13,7 +15,7 @@ from partita.graph.flat import readers_of
 from partita.graph.operator_graph import IdentityKey, producers
 from partita.machine import load
 from partita.plans.baselines import BASELINES
-from partita.plans.layout import layout_of
+from partita.plans.layout import Read, layout_of
 from partita.search.find import mesh_of
 
 GPU = load("h100:4")
@@ -75,6 +77,18 @@ def test_a_sum_reads_the_masked_gradient_where_nothing_is_gathered():
     _, _, fused = laid_out(graph, "one device")
     names = [graph.instructions[i].name for i in fused.kernels[bias_gradient(graph)]]
     assert "select" not in names
+
+
+def test_a_sum_of_a_slice_reads_the_masked_gradient():
+    graph = pooled(64)
+    plan, layout, _ = laid_out(graph, "tensor parallel")
+    root = bias_gradient(graph)
+    masked = graph.instructions[root].operands[0]
+    channels = ((), (), (), (0, 1))
+    sliced = Read(masked, graph.owner[root], channels, ((root, 0),))
+    layout = replace(layout, reads=(*layout.reads, sliced))
+    fused = fused_under(graph, layout, compiler_of(GPU.backend).fusion_rules, plan.mesh)
+    assert "select" not in {graph.instructions[i].name for i in fused.kernels[root]}
 
 
 @pytest.mark.parametrize(("samples", "is_written"), [(4096, False), (16384, True)])
