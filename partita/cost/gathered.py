@@ -59,9 +59,12 @@ def with_gathered_sums(
         if not gathered or graph.instructions[root].name != "reduce":
             continue
         for tensor, readers in read.items():
-            kernel = fused.kernels.get(producer.get(tensor, -1), ())
+            source = producer.get(tensor, -1)
             is_whole = layout.targets.keys().isdisjoint(readers)
-            if is_whole and _keeps_order(graph, layout, gathered, kernel):
+            if source not in fused.kernels or not is_whole:
+                continue
+            kernel = fused.kernels[source]
+            if _keeps_order(graph, layout, gathered, kernel):
                 computed_again.add(kernel)
                 kernels[root] = tuple(sorted({*kernels[root], *kernel}))
                 for i in kernel:
@@ -113,7 +116,7 @@ def _keeps_order(
 ) -> bool:
     """Whether an elementwise kernel of the backward pass computes in the order of a gather."""
     instructions = [graph.instructions[i] for i in kernel]
-    if not instructions or instructions[-1].phase != "backward":
+    if instructions[-1].phase != "backward":
         return False
     if any(x.name in ALONE or x.name in STORED for x in instructions):
         return False

@@ -331,11 +331,12 @@ def _sliced(
         read_whole.update(tensor for tensors in loop.carried for tensor in tensors)
     times: dict[int, int] = {}
     producer = producers(graph)
-    for root, read in reversed(kernel_reads(graph, fused).items()):
+    for root, read in kernel_reads(graph, fused).items():
         for tensor, readers in read.items():
             own = layout.shardings[tensor]
-            targets = {layout.targets.get(reader, own) for reader in readers}
-            if own in targets or not all(_is_part(own, target) for target in targets):
+            targets = {layout.targets[reader] for reader in readers if reader in layout.targets}
+            is_whole = any(reader not in layout.targets for reader in readers)
+            if is_whole or not all(_is_part(own, target) for target in targets):
                 read_whole.add(tensor)
                 continue
             time = delayed[root].time if root in delayed else root
