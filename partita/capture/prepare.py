@@ -60,10 +60,10 @@ def _prepared(module: ir.Module, platform: str) -> bytes:
     drop_collectives(module)
     if platform == "cpu":
         drop_barriers(module)
+    _drop_identities(module)
     run(module, "builtin.module(cse)")
     _fold_transposes(module)
     _fold_sums(module)
-    _drop_empty_pads(module)
     if platform != "cpu":
         split_fused_products(module)
     split_barriers(module)
@@ -269,27 +269,29 @@ def _widen_product(convert: Any) -> None:
     dot.erase()
 
 
-# ---- padding
+# ---- identities
 
 
-def _drop_empty_pads(module: ir.Module) -> None:
-    """Removes pads that add nothing, and the slices that take all of a value.
+def _drop_identities(module: ir.Module) -> None:
+    """Removes pads that add nothing, slices that take all of a value, and conversions to the same
+    dtype.
 
-    JAX writes both around the gradient of pooling whose windows cover the image.
+    JAX writes the first two around the gradient of pooling whose windows cover the image, and the
+    last one for complex numbers, where only the forward product reads it.
     """
     for operation in list(walk(main_block(module))):
         if operation.name == PAD:
             paddings = ("edge_padding_low", "edge_padding_high", "interior_padding")
-            is_empty = not any(
+            is_identity = not any(
                 size
                 for name in paddings
                 for size in ir.DenseI64ArrayAttr(operation.attributes[name])
             )
-        elif operation.name == "stablehlo.slice":
-            is_empty = operation.operands[0].type == operation.results[0].type
+        elif operation.name in ("stablehlo.slice", "stablehlo.convert"):
+            is_identity = operation.operands[0].type == operation.results[0].type
         else:
             continue
-        if is_empty:
+        if is_identity:
             operation.results[0].replace_all_uses_with(operation.operands[0])
             operation.erase()
 

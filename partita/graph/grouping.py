@@ -1,6 +1,7 @@
 """An operator graph from a flat program: owners, factors, labels and names.
 
 flat program -> owners of instructions (`ownership`) -> factors of operators (`factors`)
+             -> other owners of instructions without a factor (`strays`)
              -> sample factors and names (here) -> OperatorGraph
 """
 
@@ -26,6 +27,7 @@ from partita.graph.operator_graph import (
     Use,
 )
 from partita.graph.ownership import assign_owners
+from partita.graph.strays import Labels, strays
 from partita.graph.weight_slices import weight_slices, weights_of
 
 
@@ -59,13 +61,12 @@ def group(
     )
     slices = weight_slices(program) if is_accelerated else []
     owner, heavy = assign_owners(program, outputs, is_accelerated, slices)
-    members: list[list[int]] = [[] for _ in heavy]
-    for index, operator in enumerate(owner):
-        if operator >= 0:
-            members[operator].append(index)
-    labels = _Labels(program, weights_of(program, slices))
-    for operator, indices in enumerate(members):
-        labels.add_operator(operator, indices, heavy[operator])
+    weights = weights_of(program, slices)
+    labels = _labelled(program, owner, heavy, weights)
+    moves = strays(program, Labels(labels.labels, labels.home, labels.uses), heavy)
+    if moves:
+        owner = [moves.get(index, operator) for index, operator in enumerate(owner)]
+        labels = _labelled(program, owner, heavy, weights)
     samples = _sample_factors(program, labels.labels, labels.uses)
     operators = []
     for operator, operator_name in enumerate(_operator_names(program, heavy)):
@@ -76,7 +77,7 @@ def group(
                 path=instruction.path,
                 kind=KIND.get(instruction.name, instruction.name),
                 heavy=heavy[operator],
-                instructions=tuple(members[operator]),
+                instructions=tuple(labels.members[operator]),
                 factors=labels.operator_factors[operator],
             )
         )
@@ -144,6 +145,8 @@ class _Labels:
         self.factors: list[Factor] = []
         self.operator_factors: list[tuple[int, ...]] = []
         self.uses: list[Use] = []
+        self.members: list[Sequence[int]] = []
+        """Per operator its instructions."""
 
     def add_operator(
         self,
@@ -152,6 +155,7 @@ class _Labels:
         heavy: int,
     ) -> None:
         """Label the tensors of one operator. Operators come in order."""
+        self.members.append(members)
         first = len(self.factors)
         own_factors = OperatorFactors(
             self.program,
@@ -198,6 +202,20 @@ class _Labels:
                     reads,
                 )
             )
+
+
+def _labelled(
+    program: FlatProgram, owner: Sequence[int], heavy: Sequence[int], weights: frozenset[int]
+) -> _Labels:
+    """The labels of all operators, from the owner of every instruction."""
+    members: list[list[int]] = [[] for _ in heavy]
+    for index, operator in enumerate(owner):
+        if operator >= 0:
+            members[operator].append(index)
+    labels = _Labels(program, weights)
+    for operator, indices in enumerate(members):
+        labels.add_operator(operator, indices, heavy[operator])
+    return labels
 
 
 def _merged_uses(uses: Iterable[Use]) -> tuple[Use, ...]:
