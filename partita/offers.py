@@ -37,11 +37,20 @@ class Objective:
     samples: int = SAMPLES
     """Samples of an epoch."""
 
-    def check(self, batch_size: int) -> None:
-        """PlanError if there is no such objective, or the step has no batch to count samples by."""
+    def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
             names = ", ".join(map(repr, OBJECTIVES))
             raise PlanError(f"There is no objective {self.name!r}: use {names}.")
+
+    def check_machines(self, machines: Sequence[Machine]) -> None:
+        """An error if a machine lacks the price or the power that the order needs."""
+        for machine in machines:
+            if self.name == "joules":
+                require_power(machine)
+            self.price_of(machine)
+
+    def check(self, batch_size: int) -> None:
+        """PlanError if the step has no batch to count samples by."""
         if self.name == "cost-per-epoch" and not batch_size:
             raise PlanError(
                 "The cost of an epoch is undefined: the step has no batch of samples to count. "
@@ -117,27 +126,23 @@ def compare_machines(
         check_types(machine=machine)
     objective = objective or Objective()
     objective.check(captured.graph.batch_size)
-    if objective.name == "joules":
-        for machine in machines:
-            require_power(machine)
-    prices = [objective.price_of(machine) for machine in machines]
+    objective.check_machines(machines)
     offers = []
-    for machine, price in zip(machines, prices, strict=True):
+    for machine in machines:
         try:
             result = search_plan(captured, machine, options)
         except MemoryBudgetError as error:
             offers.append(Offer(machine, None, note=str(error)))
         else:
-            offers.append(_offer(result, machine, price, captured.graph.batch_size, objective))
+            offers.append(_offer(result, machine, captured.graph.batch_size, objective))
     return sorted(offers, key=_ORDERS[objective.name])
 
 
-def _offer(
-    result: PlanResult, machine: Machine, price: float | None, batch_size: int, objective: Objective
-) -> Offer:
+def _offer(result: PlanResult, machine: Machine, batch_size: int, objective: Objective) -> Offer:
     step_seconds = result.prediction.seconds
     epoch_seconds = step_seconds * objective.samples / batch_size if batch_size else math.inf
     device_hours = epoch_seconds * machine.devices / 3600
+    price = objective.price_of(machine)
     return Offer(
         machine,
         result,

@@ -35,7 +35,7 @@ from partita.plans.pipeline import is_one_program, is_pipeline, stage_count
 from partita.plans.plan import Plan, choice_text, numbered_path, offload_text, placed_slice
 from partita.search.alternatives import alternatives
 from partita.search.base import Report
-from partita.search.find import PlanResult, capacity, find, mesh_of
+from partita.search.find import PlanResult, capacity, check_search, find, mesh_of
 from partita.simulation.simulate import predicted as simulated_prediction
 from partita.simulation.simulate import simulate as simulated
 from partita.simulation.timeline import Timeline
@@ -111,6 +111,7 @@ class SearchOptions:
             raise PlanError(
                 f"seconds={seconds!r} is no time limit: give a number of at least 0, or None."
             )
+        check_search(self.search)
         check_functions(report=self.report, report_timing=self.report_timing)
 
 

@@ -301,13 +301,28 @@ def test_machines_are_compared_by_what_an_epoch_costs(training: str) -> None:
             ["--machine", "h100:1,h100:2", "--devices", "2"],
             "Give the devices of each, as in --machine",
         ),
+        (
+            ["--objective", "joules", "--machine", "h100:1,h100:2"],
+            "The joules of 'h100:1' are unknown",
+        ),
+        (
+            ["--machine", "h100:2", "--search", "best"],
+            "There is no search 'best': use 'portfolio'",
+        ),
     ],
 )
-def test_wrong_comparisons_are_one_sentence(arguments: list[str], said: str, training: str) -> None:
-    done = partita("plan", training, "--seconds", "0", *arguments)
+def test_wrong_options_of_plan_are_one_sentence_before_the_script_starts(
+    arguments: list[str], said: str, script: str
+) -> None:
+    done = partita("plan", script, "--seconds", "0", *arguments)
     assert done.exit_code == 2 and said in done.stderr and "Traceback" not in done.output, (
         done.output
     )
+
+
+def test_a_plan_that_is_none_is_refused_before_the_script_starts(script: str) -> None:
+    done = partita("simulate", script, "--machine", "h100:2", "--plan", "nope")
+    assert done.exit_code == 2 and "no plan named 'nope'" in done.stderr, done.output
 
 
 LAB = """name = "lab"
@@ -429,6 +444,7 @@ def test_names_that_look_like_markup_are_printed(training: str, tmp_path: Path) 
     assert shown.exit_code == 0 and "attn[q]: " in shown.stdout
     missing = partita("explain", str(plan), "[/b]")
     assert missing.exit_code == 2 and "has no layer '[/b]'" in missing.stderr
+    assert "..." not in missing.stderr  # all layers are listed
 
 
 def test_the_legend_is_printed_once_however_many_plans_a_run_has() -> None:

@@ -85,7 +85,6 @@ def _plan_for_machine(
     if search.measure_operators:
         check_measurable(target.machine)
     activity = Activity(not as_json)
-    captured, machine = capture_script(context, script, target, activity)
     by_default = target.machine is not None
     options = SearchOptions(
         seconds=search.seconds,
@@ -95,6 +94,7 @@ def _plan_for_machine(
         report=activity.report,
         report_timing=None if as_json else say_timing,
     )
+    captured, machine = capture_script(context, script, target, activity)
     with activity.show("searching"):
         result = search_plan(captured, machine, options)
         chosen = with_reasons(result)
@@ -194,7 +194,6 @@ def _plan_for_machines(
             "--machine h100:8,h100:64."
         )
     activity = Activity(not as_json)
-    captured, _ = capture_script(context, script, Target(machine=machines[0].name), activity)
     options = SearchOptions(
         seconds=search.seconds,
         stages=search.stages is not False,
@@ -202,6 +201,8 @@ def _plan_for_machines(
         report=activity.report,
     )
     objective = Objective(pricing.objective, prices, pricing.samples)
+    objective.check_machines(machines)
+    captured, _ = capture_script(context, script, Target(machine=machines[0].name), activity)
     with activity.show("searching"):
         offers = compare_machines(captured, machines, objective, options)
     best = offers[0]

@@ -97,7 +97,8 @@ def _similar_layers(plan: Plan, layer: str) -> str:
     near = difflib.get_close_matches(layer, plan.choices, 3, 0.4)
     if near:
         return f"Did you mean {' or '.join(repr(name) for name in near)}?"
-    return f"It has {', '.join(list(plan.choices)[:LISTED_LAYERS])}, ..."
+    more = ", ..." if len(plan.choices) > LISTED_LAYERS else "."
+    return f"It has {', '.join(list(plan.choices)[:LISTED_LAYERS])}{more}"
 
 
 def diff(left: PlanFile, right: PlanFile) -> None:

@@ -13,7 +13,7 @@ from partita.cli.files import check_writable, save_page, save_text
 from partita.cli.options import Json, Script, Target
 from partita.cli.scripts import capture_script
 from partita.cli.terminal import Activity, err, errors, out
-from partita.planning import resolve_plan, simulate_plan
+from partita.planning import given_plan, resolve_plan, simulate_plan
 from partita.simulation.timeline import Timeline
 
 
@@ -49,10 +49,11 @@ def simulate(
     """
     with errors():
         check_writable(script, trace=files.trace, report=files.report)
+        given = given_plan(plan) or "found"
         activity = Activity(not as_json)
         captured, machine = capture_script(context, script, target, activity)
         with activity.show("searching"):
-            chosen = resolve_plan(plan, captured.graph, machine, activity.report)
+            chosen = resolve_plan(given, captured.graph, machine, activity.report)
         with activity.show("simulating"):
             timeline = simulate_plan(captured, machine, chosen)
         if files.trace is not None:

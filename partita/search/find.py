@@ -180,6 +180,12 @@ def fits(
     return prediction.peak_bytes <= int(capacity(kind) / max(1.0, excess))
 
 
+def check_search(search: object) -> None:
+    """PlanError unless `search` names a search."""
+    if not isinstance(search, str) or search not in SEARCHES:
+        raise PlanError(f"There is no search {search!r}: use {', '.join(map(repr, SEARCHES))}.")
+
+
 def find(
     graph: OperatorGraph,
     machine: Machine,
@@ -206,8 +212,7 @@ def find(
         MemoryBudgetError: No plan fits. The message gives the smallest need.
         PlanError: The search is unknown, or `seconds` are too short for one plan.
     """
-    if not isinstance(search, str) or search not in SEARCHES:
-        raise PlanError(f"There is no search {search!r}: use {', '.join(map(repr, SEARCHES))}.")
+    check_search(search)
     request = _Request(
         graph,
         machine,
@@ -650,9 +655,9 @@ def _one_device_reason(
     split_plans = [prediction for _, prediction in baselines.values() if prediction.traffic]
     if not split_plans:
         return (
-            f"one of {devices} devices is used: nothing can be split {devices} ways, because no "
-            f"size (batch {request.graph.batch_size}, channels, units) is a multiple of its prime "
-            "factors that a plan could use"
+            f"one of {devices} devices is used: no size that a plan could split (batch "
+            f"{request.graph.batch_size}, channels, units) is a multiple of a prime factor of "
+            f"{devices}"
         )
     best = min(split_plans, key=lambda prediction: prediction.seconds)
     return (

@@ -132,6 +132,14 @@ def test_one_device_can_be_the_answer_and_says_why() -> None:
     assert "one of 8 devices is used: splitting does not pay" in result.plan.notes[0]
 
 
+def test_a_number_of_devices_that_divides_no_size_is_named() -> None:
+    result = find(GRAPHS["mlp"], host(11, 8 << 30))
+    assert result.plan.notes[0] == (
+        "one of 11 devices is used: no size that a plan could split (batch 32, channels, units) is a "
+        "multiple of a prime factor of 11"
+    )
+
+
 def test_a_split_that_saves_less_than_rounding_leaves_one_device() -> None:
     figures = {"device.overhead": 1e6, "level.process.bandwidth": 1e30, "level.process.latency": 0}
     result = find(GRAPHS["mlp"], eight().revised(figures, "launches alone take time"))
