@@ -50,7 +50,6 @@ else:
     torch_tree = Package("torch.utils._pytree")
     torch_hooks = Package("torch.utils.hooks")
     torchax = Package("torchax.tensor")
-    torchax_device = Package("torchax.device_module")
 torchax_functions = Package("torchax.ops.jtorch")
 
 
@@ -68,10 +67,11 @@ HOOK_IGNORED = (
 @functools.cache
 def environment() -> Environment:
     """torchax's environment, in which modules are traced, with its gaps closed."""
+    completed: Any = _environment_class()()
     # Otherwise PyTorch pins the memory of batches and places modules on an accelerator that it
     # cannot use: DataLoader(pin_memory=True), DataParallel and torch.compile would fail.
+    # `torch.jax` is there once torchax is imported.
     torch.jax.is_available = lambda: False
-    completed: Any = _environment_class()()
     power = completed._ops[torch.ops.aten.pow].func
     derivatives = DERIVATIVES | {"pow": lambda x, y: power(power_base(x, y), y)}
     for operation, function in (*_replacements(), *_with_derivatives(derivatives)):
