@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from importlib.metadata import requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,11 +133,15 @@ class TpuCompiler(ProgramCompiler):
 
         Newer ones usually work, so this is no reason to refuse a compilation.
         """
+        try:
+            installed = version("libtpu")
+        except PackageNotFoundError:
+            return f" The installed libtpu states no version: pip install 'partita[{self.extra}]'."
         for requirement in requires("jax") or []:
             match = re.match(r"libtpu==([\d.*]+)", requirement)
-            if match and not fnmatch(version("libtpu"), match[1]):
+            if match and not fnmatch(installed, match[1]):
                 return (
-                    f" libtpu is {version('libtpu')} and JAX {version('jax')} asks for {match[1]}: "
+                    f" libtpu is {installed} and JAX {version('jax')} asks for {match[1]}: "
                     f"pip install 'libtpu=={match[1]}'."
                 )
         return ""

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import sys
 import zlib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import jax
@@ -269,6 +270,16 @@ def test_a_failure_of_another_libtpu_names_both_versions(monkeypatch):
     )
     versions["libtpu"] = "0.0.42.1"
     assert COMPILERS["tpu"].version_problem() == ""
+
+
+def test_a_failure_of_a_libtpu_without_a_version_says_how_to_install_it(monkeypatch):
+    def version(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("partita.execute.compilers.tpu.version", version)
+    assert str(run._refusal(COMPILERS["tpu"], "INTERNAL: no such symbol")).endswith(
+        "The installed libtpu states no version: pip install 'partita[compile-tpu]'."
+    )
 
 
 def test_an_abort_says_the_reason_of_the_compiler():
