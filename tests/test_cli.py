@@ -302,6 +302,10 @@ def test_machines_are_compared_by_what_an_epoch_costs(training: str) -> None:
             "Give the devices of each, as in --machine",
         ),
         (
+            ["--machine", "h100:2", "--price", "3"],
+            "--price is for the cost of an epoch",
+        ),
+        (
             ["--objective", "joules", "--machine", "h100:1,h100:2"],
             "The joules of 'h100:1' are unknown",
         ),

@@ -66,7 +66,13 @@ def plan(
             raise PlanError(
                 "--compile cannot be used with several machines. Name one, as in --machine h100:8."
             )
-        if several or pricing.objective != "step":
+        counts_cost = several or pricing.objective != "step"
+        if pricing.price and not counts_cost:
+            raise PlanError(
+                "--price is for the cost of an epoch, which is not asked for. Add --objective "
+                "cost-per-epoch."
+            )
+        if counts_cost:
             _plan_for_machines(context, script, target, search, pricing, files, as_json)
         else:
             _plan_for_machine(context, script, target, search, files, as_json, compile_plan)
