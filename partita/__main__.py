@@ -4,11 +4,16 @@ Imports take seconds on a busy machine, so Ctrl-C is answered from the first one
 """
 
 import _thread
+import atexit
+import contextlib
 import functools
 import os
 import sys
 import threading
 from typing import Any
+
+INTERRUPTED = 130
+"""Exit code of an interrupted command."""
 
 
 def main() -> None:
@@ -21,7 +26,24 @@ def main() -> None:
         run_command()
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
-        sys.exit(130)
+        _leave_interrupted()
+    except SystemExit as stop:
+        if stop.code != INTERRUPTED:
+            raise
+        _leave_interrupted()
+
+
+def _leave_interrupted() -> None:
+    """Ends an interrupted command after its exit functions, without Python's own teardown.
+
+    Threads of XLA may still run a step. The teardown then ends in a segmentation fault, in plain
+    Keras too (jaxlib 0.10.2).
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(INTERRUPTED)
 
 
 def keep_interrupts() -> None:

@@ -524,6 +524,27 @@ def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_not_lost(
         signal.signal(signal.SIGINT, before)
 
 
+def test_an_interrupted_command_leaves_without_the_teardown_of_python() -> None:
+    program = """
+import atexit, os, sys
+import partita.__main__, partita.cli.main
+
+class Crash:
+    def __del__(self, abort=os.abort):
+        abort()
+
+def interrupted():
+    sys.crash = Crash()
+    atexit.register(print, "exit functions have run")
+    raise KeyboardInterrupt
+
+partita.cli.main.main = interrupted
+partita.__main__.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "exit functions have run\n"), done.stderr
+
+
 def test_a_plan_outlives_a_stopped_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
     from partita.cli import plan as command
 
