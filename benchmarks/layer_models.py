@@ -300,6 +300,21 @@ def _rearranged(x: Any) -> Any:
     return jnp.take_along_axis(x, order[..., None], axis=1) + x
 
 
+def linear(r: random.Random, x: Any) -> Any:
+    """Linear functions of a sample, whose gradients read no forward value."""
+    rows = x.shape[1]
+    functions: list[Callable[[Any], Any]] = [
+        lambda x: x[:, jnp.array([1, 0, rows - 1, 1])],
+        lambda x: x[:, :, jnp.array([2, 0, 2])],
+        lambda x: x.at[:, 1 : rows // 2].set(0),
+        lambda x: jax.vmap(lambda y: jax.ops.segment_sum(y, jnp.arange(rows) // 2, rows))(x),
+        lambda x: jax.image.resize(x, (x.shape[0], 2 * rows, x.shape[2]), "linear"),
+        lambda x: jax.image.resize(x, (x.shape[0], rows, 5), "cubic"),
+        jax.vmap(jax.vmap(lambda row: jnp.convolve(row, jnp.ones(3) / 3, "same"))),
+    ]
+    return Function(r.choice(functions))(x)
+
+
 def experts(r: random.Random, x: Any) -> Any:
     """A mixture of experts: all of them weighted, or the best one within a capacity."""
     count, hidden = r.choice([2, 4, 6]), 8
@@ -393,6 +408,7 @@ SEQUENCES: dict[str, Block] = {
     "einsums": einsums,
     "scans": scans,
     "sorts": sorts,
+    "linear": linear,
     "experts": experts,
     "between samples": between_samples,
 }

@@ -167,6 +167,7 @@ class OperatorDims:
                 self._tie_loop(loops[index])
         for conditional in conditionals:
             self._tie_branches(conditional)
+        self._tie_gradients()
 
     def all_dims(self) -> Iterator[tuple[int, ...]]:
         """The dims of all tensors, in all views."""
@@ -419,31 +420,70 @@ class OperatorDims:
                 operands + number,
             )
 
-    def tie_pooled_gradient(self, pooling: int) -> None:
-        """Ties the gradient of a pooling by sums, the `pooling` of this operator, to its operand.
+    def _tie_gradients(self) -> None:
+        """Ties dims of gradients that no rule ties to a forward value.
 
-        It is a padding and sums of windows, and reads no forward value. No rule ties it. Dims with
-        windows stay whole: the padded ones are odd, and XLA:TPU aborts where only their sums are
-        split.
+        The backward pass of a linear function (a choice of rows, resizing, average pooling) reads
+        no forward value, or constants alone. A gradient from another operator has the dims of the
+        forward result of its shape, and one that this operator computes those of the forward
+        operand of its shape. Windows stay whole: those of a pooling's gradient are padded to an
+        odd size, and XLA:TPU aborts where only their sums are split.
         """
-        instructions = self.program.instructions
-        operand = instructions[pooling].operands[0]
-        dims = self.dims_at(operand, (pooling, 0))
-        if dims is None:
+        forward: list[tuple[int, Dims]] = []
+        gradients: list[tuple[int, Dims]] = []
+        for tensor, dims in self._split_tensors():
+            is_gradient = self.program.producer_phase(tensor) == "backward"
+            (gradients if is_gradient else forward).append((tensor, dims))
+        tied = {atom for _, dims in forward for atom in self._roots(dims)}
+        untied = [entry for entry in gradients if not self._roots(entry[1]) <= tied]
+        if not untied:
             return
-        for index in self.members:
-            instruction = instructions[index]
-            if instruction.name != "reduce_window" or instruction.phase != "backward":
-                continue
-            (result,) = instruction.results
-            shape = self._shape(result)
-            if shape != self._shape(operand):
-                continue
-            padded = self._shape(instruction.operands[0])
-            tied = zip(self.results[result], dims, shape, padded, strict=True)
-            for dim, target, size, padded_size in tied:
-                if dim and target and size == padded_size:
-                    self.atoms.tie(dim, target)
+        windows = self._gradient_windows()
+        for tensor, dims in untied:
+            is_result = tensor in self.results
+            for other, target in forward if is_result else reversed(forward):
+                is_value = (other in self.results) != is_result
+                same_shape = self._shape(other) == self._shape(tensor)
+                if is_value and same_shape and self._agree(dims, target, tied):
+                    self._tie_others(dims, target, windows)
+                    break
+
+    def _agree(self, dims: Dims, target: Dims, tied: set[int]) -> bool:
+        """Whether the dims with atoms in `tied` are those of `target`."""
+        for dim, target_dim in zip(dims, target, strict=True):
+            atoms = self.atoms.resolve(dim)
+            if not tied.isdisjoint(atoms) and atoms != self.atoms.resolve(target_dim):
+                return False
+        return True
+
+    def _tie_others(self, dims: Dims, target: Dims, excluded: set[int]) -> None:
+        """Ties dims without an excluded atom."""
+        for dim, target_dim in zip(dims, target, strict=True):
+            roots = self._roots([dim])
+            if roots and target_dim and excluded.isdisjoint(roots):
+                self.atoms.tie(dim, target_dim)
+
+    def _split_tensors(self) -> Iterator[tuple[int, Dims]]:
+        """Every tensor of the operator that is no constant, with its dims, in order."""
+        for tensor, views in self.views.items():
+            if tensor not in self.results and tensor not in self.program.constants:
+                for view in views:
+                    yield tensor, view.dims
+        for tensor, dims in self.results.items():
+            if tensor not in self.program.constants:
+                yield tensor, dims
+
+    def _gradient_windows(self) -> set[int]:
+        """The atoms over which instructions of the backward pass move windows."""
+        atoms = set()
+        for index, iteration in self.iteration.items():
+            instruction = self.program.instructions[index]
+            if instruction.phase == "backward":
+                atoms |= self._roots([(iteration[factor],) for factor, _ in instruction.windows])
+        return atoms
+
+    def _roots(self, dims: Iterable[tuple[int, ...]]) -> set[int]:
+        return {atom for dim in dims for atom in self.atoms.resolve(dim)}
 
     def _tie_after_loop(self, after: int, inside: int) -> None:
         """Tie a loop's result to the carried value; both stay whole if one dim cannot be tied."""
@@ -471,8 +511,6 @@ class OperatorFactors:
         self.operator = operator
         self.members = members
         self.dims = OperatorDims(program, members)
-        if program.instructions[heavy].name == "reduce_window":
-            self.dims.tie_pooled_gradient(heavy)
         self.atoms = self.dims.atoms
         self.factor_of: dict[int, int] = {}
         """Atom -> its factor in the graph."""

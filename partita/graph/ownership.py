@@ -18,7 +18,7 @@ from collections.abc import Collection, Sequence
 from itertools import accumulate
 from operator import mul
 
-from partita.graph.flat import EDGE_KERNELS, FlatProgram
+from partita.graph.flat import EDGE_KERNELS, SHAPE_ONLY, FlatProgram
 from partita.graph.gradient_sums import gradient_sums
 from partita.graph.normalizations import normalizations
 from partita.graph.weight_slices import WeightSlices, product_readers
@@ -273,9 +273,13 @@ class _BackwardOwners:
         self.reversed_kernels: set[tuple[int, str]] = set()
         """Operators of kernels over edges, with names of backward kernels that they own."""
         self.reads: list[set[int]] = []
-        """Per operator, the tensors that its heavy instruction reads; none for a normalization."""
+        """Per operator, the tensors that its heavy instruction reads, or computes for the backward
+        pass alone (the order of a sort); none for a normalization."""
         for index in heavy:
-            self.reads.append(self._bases(index) if self.program.is_heavy(index) else set())
+            if self.program.is_heavy(index):
+                self.reads.append(self._bases(index) | self._saved_results(index))
+            else:
+                self.reads.append(set())
 
     def own_backward(self) -> None:
         """Rematerialized instructions and products first, then sums of gradients, then all others
@@ -314,6 +318,27 @@ class _BackwardOwners:
                 base = self.program.base(tensor)
                 bases.add(self.program.originals.get(base, base))
         return bases
+
+    def _saved_results(self, index: int) -> set[int]:
+        """The results of an instruction that the forward pass at most rearranges."""
+        program = self.program
+        return {
+            tensor
+            for tensor in program.instructions[index].results
+            if all(self._only_rearranges(reader) for reader in program.readers[tensor])
+        }
+
+    def _only_rearranges(self, index: int) -> bool:
+        """Whether an instruction of the forward pass rearranges its operand for the backward pass,
+        or is of the backward pass."""
+        instruction = self.program.instructions[index]
+        if instruction.phase != "forward":
+            return True
+        return instruction.name in SHAPE_ONLY and all(
+            self._only_rearranges(reader)
+            for tensor in instruction.results
+            for reader in self.program.readers[tensor]
+        )
 
     def _own_products(self) -> None:
         """Heavy backward instructions belong to the operator whose operands they share."""
