@@ -239,6 +239,13 @@ def test_run_trains_by_a_plan_in_stages(tmp_path: Path) -> None:
     assert "between device groups:" in done.output and "Traceback" not in done.output
 
 
+def test_json_stands_alone_where_the_script_prints(training: str, tmp_path: Path) -> None:
+    script = tmp_path / "loud.py"
+    script.write_text("print('loud')\n" + Path(training).read_text())
+    done = partita("simulate", str(script), "--machine", "h100:2", "--plan", "dp", "--json")
+    assert json.loads(done.stdout)["seconds"] > 0 and "loud" in done.stderr
+
+
 def test_machines_are_compared_by_what_an_epoch_costs(training: str) -> None:
     done = partita(
         "plan",

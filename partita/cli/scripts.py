@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +44,9 @@ def capture_script(
     from partita.planning import resolve_machine
 
     machine = resolve_machine(machine, target.devices)
-    with activity.show(f"running {script} up to its first training step"):
+    # The script's own lines would make the JSON invalid.
+    output = nullcontext() if activity.shown else redirect_stdout(sys.stderr)
+    with activity.show(f"running {script} up to its first training step"), output:
         capture_target = "" if execute else machine.target
         captured = plan_script(Script(script, context.args, is_module(context)), capture_target)
     return captured, machine

@@ -131,6 +131,8 @@ class Activity:
     """
 
     def __init__(self, shown: bool = True) -> None:
+        self.shown = shown
+        """Whether the command prints for people, not JSON."""
         self._texts: list[str] = []
         self._spinner: Any = None
         if shown and err.is_terminal:
