@@ -122,6 +122,23 @@ def _fewest_reads(graph: OperatorGraph, layout: Layout, fused: Fusion, root: int
     return min(direct, light, key=lambda tensors: sum(graph.tensors[t].nbytes for t in tensors))
 
 
+def late_gradients(graph: OperatorGraph, layout: Layout, fused: Fusion) -> dict[int, Delay]:
+    """Root of a product for the gradient of a weight that no devices sum -> its delay, on TPUs.
+
+    The product also updates the weight. XLA:TPU's scheduler starts from the end of the program and
+    takes the kernels first that follow the most asynchronous collectives, which are gathers. So
+    such a product runs beside the next gather of the backward pass, or after that pass.
+    """
+    times = [*sorted(_gathers_of_gradients(graph, layout)), _end_of_backward(graph)]
+    delays = {}
+    for products in _weight_gradients(graph, layout, fused):
+        for root in products:
+            if not sums_over_devices(graph, layout, root):
+                time = next((time for time in times if time > root), root)
+                delays[root] = Delay(time, frozenset(kernel_reads(graph, fused)[root]))
+    return delays
+
+
 def _delayed_losses(graph: OperatorGraph, layout: Layout, fused: Fusion) -> list[int]:
     """Kernels of a loss that devices sum, those for which no gradient waits.
 

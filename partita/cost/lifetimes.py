@@ -20,6 +20,7 @@ from partita.cost.delayed import (
     gather_times,
     independent_times,
     joined_repetitions,
+    late_gradients,
 )
 from partita.cost.fusion import (
     ALONE,
@@ -233,6 +234,8 @@ def lifetimes_under(
     if hides_collectives:
         gathers = gather_times(graph, layout, compiler_of(backend).combined_gather_bytes)
         delayed = delayed_kernels(graph, layout, mesh, fused, gathers, is_limited)
+    elif compiler_of(backend).buffers.late_gradients:
+        delayed = late_gradients(graph, layout, fused)
     ends = _joined_ends(graph, layout, fused, backend)
     if compiler_of(backend).buffers.joined_results:
         waiting = delayed_by_repetitions(graph, fused, joined_ends(graph, layout, fused))

@@ -20,6 +20,7 @@ from partita.cost.delayed import (
     gather_times,
     independent_times,
     joined_repetitions,
+    late_gradients,
 )
 from partita.cost.fusion import kernel_reads
 from partita.cost.gathered import is_moved
@@ -370,3 +371,49 @@ def test_a_repeated_value_waits_for_the_gradient_that_reads_its_operand(has_grad
     assert repeated < early < gradient
     delays = {early: Delay(gradient, frozenset(graph.instructions[early].operands))}
     assert delayed_by_repetitions(graph, fused, ends) == (delays if ends else {})
+
+
+def late_paths(graph, tpu, plan_name):
+    """Path of a product's layer -> the time of its delay on a TPU."""
+    plan = BASELINES[plan_name](graph, tpu.name, mesh_of(tpu))
+    layout = layout_of(graph, plan)
+    fused = fused_under(graph, layout, compiler_of(tpu.backend).fusion_rules, plan.mesh)
+    delays = late_gradients(graph, layout, fused)
+    return {graph.instructions[root].path: delay.time for root, delay in delays.items()}
+
+
+def test_gradients_that_no_devices_sum_run_with_their_updates_on_a_tpu():
+    """As in programs compiled for a v5e: GPTs, LSTMs and convolutions, split by tensor."""
+    tpu = load("tpu-v5e:4")
+    features = keras.Input((64,))
+    x = keras.layers.Dense(128, activation="relu", name="up")(features)
+    model = keras.Model(features, keras.layers.Dense(64, name="down")(x))
+    model.compile("adam", "mse")
+    graph = capture_program(model, 16, target=tpu.target).graph
+    late = late_paths(graph, tpu, "tensor parallel")
+    assert sorted(late) == ["down", "up"]
+    backward = [i for i, x in enumerate(graph.instructions) if x.phase == "backward"]
+    assert set(late.values()) == {max(backward)}
+    assert not late_paths(graph, tpu, "data parallel")
+
+
+def test_gradients_of_weights_run_beside_the_next_gather_on_a_tpu():
+    """ResNet50 split by tensor, compiled for a v5e, runs 51 of 55 gradients beside five
+    gathers: those since the gather before."""
+    tpu = load("tpu-v5e:4")
+    image = keras.Input((16, 16, 4))
+    x = keras.layers.Conv2D(64, 1, name="stem")(image)
+    for i in range(3):
+        y = keras.layers.Conv2D(16, 1, activation="relu", name=f"in{i}")(x)
+        y = keras.layers.Conv2D(16, 3, padding="same", activation="relu", name=f"mid{i}")(y)
+        y = keras.layers.Conv2D(64, 1, name=f"out{i}")(y)
+        x = keras.layers.Activation("relu", name=f"sum{i}")(x + y)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    model = keras.Model(image, keras.layers.Dense(4, name="classes")(x))
+    model.compile("adam", "mse")
+    graph = capture_program(model, 8, target=tpu.target).graph
+    late = late_paths(graph, tpu, "tensor parallel")
+    beside_gather, at_end = sorted(set(late.values()))
+    early = {path for path, time in late.items() if time == beside_gather}
+    assert early == {"classes", "out2", "mid2", "in2"}
+    assert graph.instructions[at_end + 1].phase != "backward"

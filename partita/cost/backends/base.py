@@ -98,6 +98,9 @@ class Buffers:
     """An elementwise kernel writes its result over an operand that nothing reads afterwards."""
     copied_slots: bool
     """An update copies optimizer slots that a kernel reads after they are replaced."""
+    late_gradients: bool = False
+    """Gradients of weights that no devices sum run with their updates: beside the next gather of
+    the backward pass, or after that pass (`cost.delayed`)."""
     ordered_kernels: bool = False
     """Convolutions read a variable in a copy with its dims in another order, which stays in memory
     from the first convolution to the last."""

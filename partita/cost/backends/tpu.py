@@ -126,7 +126,11 @@ class XlaTpu(XlaAccelerator):
     def buffers(self) -> Buffers:
         """A product also computes the metric that reads its result."""
         return replace(
-            super().buffers, early_reductions=True, selected_starts=True, stored_program=True
+            super().buffers,
+            early_reductions=True,
+            late_gradients=True,
+            selected_starts=True,
+            stored_program=True,
         )
 
     @property
