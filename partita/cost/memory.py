@@ -604,8 +604,11 @@ class _Allocator:
             stop = max((self.lifetimes.last_kernel[i] for i in readers), default=count)
             itemsize = self.compiler.moved_itemsize(self.graph, read.tensor, read.readers)
             nbytes = self._bytes(read.tensor, read.target, itemsize)
+            buffers = self._gather_buffers(read, itemsize)
             if read.after < 0 and self._is_variable(read.tensor):
                 start = min(readers, default=count)
+                if buffers:
+                    self._add(read.tensor, buffers, start, start)
                 gathered.append(_Resharded(start, stop, read.tensor, nbytes))
                 continue
             waited_for = read.after if read.after >= 0 else read.tensor
@@ -615,9 +618,19 @@ class _Allocator:
                 start = self.meeting.get(read.tensor, start)
                 kind = KINDS.index("gradients")
             self._add(read.tensor, nbytes, max(0, start), stop, kind)
+            if buffers:
+                self._add(read.tensor, buffers, max(0, start), max(0, start))
         for group in _combined(gathered, self.compiler.combined_gather_bytes):
             for value in group:
                 self._add(value.tensor, value.nbytes, group[0].start, value.stop)
+
+    def _gather_buffers(self, read: Read, itemsize: int) -> int:
+        """Bytes of the buffers of an all-gather beside its result, 0 for other reads."""
+        shape = self._local_shape(read.tensor, read.target)
+        shard = self._local_shape(read.tensor)
+        if any(part > size for part, size in zip(shard, shape, strict=True)) or shape == shard:
+            return 0
+        return self.compiler.gathered_bytes(shape, shard, itemsize, self.orders.get(read.tensor))
 
     def _copies(self) -> list[Read]:
         """The reads under another sharding, as one where a compiler makes one copy of several.

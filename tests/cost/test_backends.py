@@ -14,7 +14,7 @@ from partita.capture.jax_functions import Leaf, capture_step
 from partita.capture.program import capture_program
 from partita.cost import early_sums
 from partita.cost.backends import compiler_of
-from partita.cost.backends.base import Kernel, ProductShape, TableAccess
+from partita.cost.backends.base import DimOrder, Kernel, ProductShape, TableAccess
 from partita.cost.collectives import collectives
 from partita.cost.image_pieces import piece_ratios
 from partita.cost.memory import memory
@@ -22,7 +22,7 @@ from partita.cost.predict import predict
 from partita.cost.terms import cost_terms
 from partita.cost.work import local_flops
 from partita.graph.images import TiledDims
-from partita.graph.operator_graph import OperatorGraph, Window, first_backward
+from partita.graph.operator_graph import OperatorGraph, Window, first_backward, producers
 from partita.machine import Backend, load
 from partita.plans.baselines import BASELINES
 from partita.plans.layout import layout_of
@@ -324,6 +324,47 @@ def test_convolutions_over_pieces_take_the_flops_of_libtpu():
     flops = [graph.instructions[i].flops * ratio for i, ratio in ratios.items()]
     assert flops == pytest.approx([2 * 2 * 94 * 8 * 5 * 3 * 64 * 64] * 5)
     assert not piece_ratios(graph, plan.mesh, layout_of(graph, plan), compiler_of(GPU.backend))
+
+
+@pytest.mark.parametrize(
+    ("shape", "shard", "order", "elements"),
+    [
+        ((16, 16, 16, 256), (16, 16, 16, 32), DimOrder(3, 0), 128 * 16 * 16 * (256 + 32)),
+        ((16, 8, 8, 512), (16, 8, 8, 64), DimOrder(3, 0), 128 * 8 * 8 * (512 + 64)),
+        ((16, 4, 4, 1024), (16, 4, 4, 128), DimOrder(3, 0), 0),
+        ((16, 64, 192), (16, 64, 24), None, 16 * 128 * (192 + 24)),
+        ((3, 3, 512, 512), (3, 3, 64, 512), None, 0),
+        ((7, 7, 1, 384), (7, 7, 1, 48), None, 7 * 128 * (384 + 48)),
+    ],
+)
+def test_a_gather_of_a_tpu_has_whole_tiles_of_every_device(shape, shard, order, elements):
+    # Gathers of ResNet50 and a ViT split by tensor, and of kernels, compiled by libtpu 0.0.42.1.
+    tpu, gpu = (compiler_of(load(name).backend) for name in ("tpu-v5e:8", "h100:8"))
+    assert tpu.gathered_bytes(shape, shard, 4, order) == 4 * elements
+    assert gpu.gathered_bytes(shape, shard, 4, order) == 0
+
+
+def test_memory_has_the_buffers_of_a_gather_of_a_tpu():
+    """The first gather of residual blocks split by tensor: 64 channels, of which a chip has 16."""
+    tpu = load("tpu-v5e:4")
+    image = keras.Input((16, 16, 4))
+    x = keras.layers.Conv2D(64, 1)(image)
+    for _ in range(2):
+        y = keras.layers.Conv2D(16, 1, activation="relu")(x)
+        y = keras.layers.Conv2D(16, 3, padding="same", activation="relu")(y)
+        x = keras.layers.Activation("relu")(x + keras.layers.Conv2D(64, 1)(y))
+    model = keras.Model(image, keras.layers.Dense(4)(keras.layers.GlobalAveragePooling2D()(x)))
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 8, target=tpu.target).graph
+    plan = BASELINES["tensor parallel"](graph, tpu.name, mesh_of(tpu))
+    layout = layout_of(graph, plan)
+    producer = producers(graph)
+    channels = {read.tensor for read in layout.reads if layout.shardings[read.tensor][-1]}
+    first = min(producer[t] for t in channels if graph.tensors[t].shape == (8, 16, 16, 64))
+    backend = replace(tpu.backend, on_chip_memory=0)
+    course = memory(graph, plan.mesh, layout, backend).course
+    # Rows of 16 positions are stored as 128.
+    assert course[first] - course[first - 1] > 4 * 8 * 16 * 128 * (64 + 16)
 
 
 def test_devices_select_and_add_rows_of_a_split_table_for_all_samples():

@@ -247,6 +247,19 @@ class Compiler(ABC):
         """Bytes in memory of an array of a local shape."""
         return itemsize * math.prod(shape)
 
+    def gathered_bytes(
+        self,
+        shape: tuple[int, ...],
+        shard: tuple[int, ...],
+        itemsize: int,
+        order: DimOrder | None = None,
+    ) -> int:
+        """Bytes of the buffers of an all-gather of shards of a local shape, beside its result.
+
+        The result has `shape`, and is read with its dims in `order`.
+        """
+        return 0
+
     def stored_itemsize(self, graph: OperatorGraph, tensor: int) -> int:
         """Bytes of an element of a computed tensor in memory."""
         return ITEMSIZE.get(graph.tensors[tensor].dtype, 4)

@@ -190,6 +190,17 @@ class XlaTpu(XlaAccelerator):
             return itemsize * _elements_in_tiles(shape, *order)
         return itemsize * _least_elements_in_tiles(tuple(shape))
 
+    def gathered_bytes(
+        self,
+        shape: tuple[int, ...],
+        shard: tuple[int, ...],
+        itemsize: int,
+        order: DimOrder | None = None,
+    ) -> int:
+        """A copy of the result and one of the shard, in the order of dims that pads least of those
+        in which shards are whole tiles, unless the result is read in such an order."""
+        return itemsize * _gather_elements(shape, shard, order)
+
     def temporary_bytes(
         self,
         live_bytes: np.ndarray,
@@ -357,6 +368,29 @@ def _elements_in_tiles(shape: Sequence[int], minor: int, second: int) -> int:
     sublanes = min(SUBLANES, 1 << (shape[second] - 1).bit_length())
     rest = size // (shape[minor] * shape[second])
     return rest * _padded(shape[minor], LANES) * _padded(shape[second], sublanes)
+
+
+@lru_cache(maxsize=1 << 12)
+def _gather_elements(shape: tuple[int, ...], shard: tuple[int, ...], order: DimOrder | None) -> int:
+    """Elements of the buffers of an all-gather whose result is read in `order`, by default in one
+    that pads least."""
+    orders = [DimOrder(*dims) for dims in permutations(range(len(shape)), 2)]
+    elements = {x: _elements_in_tiles(shape, *x) for x in orders}
+    whole = [x for x in orders if _are_whole_tiles(shape, shard, x)]
+    if not whole:
+        return 0
+    written = min(whole, key=lambda x: elements[x])
+    is_read_so = order in whole or (order is None and elements[written] == min(elements.values()))
+    return 0 if is_read_so else elements[written] + _elements_in_tiles(shard, *written)
+
+
+def _are_whole_tiles(shape: Sequence[int], shard: Sequence[int], order: DimOrder) -> bool:
+    """Whether the dims along which a shape is divided into shards are cut between tiles."""
+    tile = {order.minor: LANES, order.second: SUBLANES}
+    return all(
+        part == size or part % tile.get(d, 1) == 0
+        for d, (size, part) in enumerate(zip(shape, shard, strict=True))
+    )
 
 
 def _feeds_products(graph: OperatorGraph, readers: Sequence[Reader]) -> bool:
