@@ -395,6 +395,12 @@ class _Fuser:
         for producer, readers in enumerate(self.readers):
             if len(readers) <= 1 or not self.fusible[producer] or not self._gathers(producer):
                 continue
+            if (
+                self.rules.recomputes_summed
+                and producer not in single
+                and self._reads_as_much(producer)
+            ):
+                continue
             if producer not in single:
                 self.gathering.add(producer)
             if (
@@ -452,6 +458,16 @@ class _Fuser:
         is_joined = any(self._name(source) == "concatenate" for source in sources)
         elements = sum(self.graph.tensors[tensor].size for tensor in own - others)
         return not is_joined and elements <= self.elements[i]
+
+    def _reads_as_much(self, i: int) -> bool:
+        """Whether a kernel that computes an instruction reads no more elements than that writes.
+
+        Not if a product reads it, which reads what the kernel of a sum writes.
+        """
+        if i in self._stored or any(self._name(reader) in PRODUCTS for reader in self.readers[i]):
+            return False
+        own = self._large_reads(self.graph.instructions[i].results[0], self.elements[i])
+        return sum(self.graph.tensors[tensor].size for tensor in own) <= self.elements[i]
 
     def _large_reads(self, result: int, elements: int) -> set[int]:
         """Tensors that a kernel reads which computes a tensor, without those that are small beside
@@ -571,7 +587,7 @@ class _Fuser:
         return self.graph.tensors[operand].size <= most
 
     def _name(self, i: int) -> str:
-        return self.graph.instructions[i].name
+        return self.graph.instructions[i].name if i != OUTSIDE else ""
 
     def _needs_memory(self, reader: int) -> bool:
         """Whether a reader reads its operands from memory."""

@@ -209,6 +209,28 @@ def test_reductions_of_a_tpu_compute_values_that_read_no_more():
     assert kernels(replace(rules, recomputes_summed=False)) == [1, 1, 1]
 
 
+def test_every_reader_on_a_tpu_computes_a_chain_over_one_value():
+    """As in EfficientNet, compiled for a v5e: an activation behind a normalization is averaged over
+    the positions, and multiplied. A product reads what the kernel of a sum writes."""
+
+    def step(w, x, y):
+        activation = x * jax.nn.sigmoid(x)
+        gradient = y * jax.nn.sigmoid(y)
+        return activation.sum(0), jnp.exp(activation), gradient.sum(0), gradient @ w
+
+    square = jax.ShapeDtypeStruct((64, 64), "float32")
+    graph = capture_program(step, args=(square, square, square)).graph
+    multiplied = [i for i, x in enumerate(graph.instructions) if x.name == "multiply"]
+    rules = compiler_of(load("tpu-v5e:4").backend).fusion_rules
+
+    def kernels(rules):
+        computed_in = fusion(graph, rules).computed_in
+        return [len(computed_in[i]) for i in multiplied]
+
+    assert kernels(rules) == [2, 1]
+    assert kernels(replace(rules, recomputes_summed=False)) == [1, 1]
+
+
 def test_residual_sums_may_be_written_for_products_that_could_compute_them():
     def step(w, x):
         y = jnp.tanh(x @ w) + x
