@@ -390,6 +390,8 @@ class _Fuser:
         single: set[int] = set()
         if self.rules.reads_written:
             single = self._written_for_a_reader() | self._gathered() | self._long_chains()
+        if self.rules.writes_sums:
+            single |= {i for i in range(len(self.readers)) if self._is_sliced_gradient(i)}
         if self.rules.writes_after_products:
             single |= self._after_products()
         for producer, readers in enumerate(self.readers):
@@ -511,6 +513,13 @@ class _Fuser:
         is_sum = instruction.name == "add" and instruction.phase == "forward"
         dtype = self.graph.tensors[instruction.results[0]].dtype
         return self.rules.writes_sums and is_sum and "float" in dtype
+
+    def _is_sliced_gradient(self, i: int) -> bool:
+        """Whether an instruction is the summed gradient of a concatenation: readers take slices."""
+        instruction = self.graph.instructions[i]
+        readers = self.readers[i]
+        is_sum = instruction.name == "add" and instruction.phase == "backward"
+        return is_sum and len(readers) > 1 and all(self._name(r) == "slice" for r in readers)
 
     def _after_products(self) -> set[int]:
         """Elementwise instructions with several readers that alone read the result of a product.

@@ -9,6 +9,7 @@ from partita.capture.program import capture_program
 from partita.cost.backends import compiler_of
 from partita.cost.backends.base import FusionRules
 from partita.cost.fusion import fusion, unwritten_products
+from partita.graph.operator_graph import producers
 from partita.machine import load
 
 
@@ -229,6 +230,27 @@ def test_every_reader_on_a_tpu_computes_a_chain_over_one_value():
 
     assert kernels(rules) == [2, 1]
     assert kernels(replace(rules, recomputes_summed=False)) == [1, 1]
+
+
+def test_the_gradient_of_a_concatenation_is_written_on_a_tpu():
+    """As in DenseNet121, compiled for a v5e: layers read slices of the gradient of all features."""
+
+    def step(w, x, y):
+        def loss(w, y):
+            joined = jnp.concatenate([jnp.tanh(x @ w), y], 1)
+            return (jnp.exp(joined) * joined).sum()
+
+        gradients = jax.grad(loss, (0, 1))(w, y)
+        return w - gradients[0], y - gradients[1]
+
+    square = jax.ShapeDtypeStruct((64, 64), "float32")
+    graph = capture_program(step, args=(square, square, square)).graph
+    (operand,) = {x.operands[0] for x in graph.instructions if x.name == "slice"}
+    gradient = producers(graph)[operand]
+    rules = compiler_of(load("tpu-v5e:4").backend).fusion_rules
+    assert fusion(graph, rules).computed_in[gradient] == (gradient,)
+    others = replace(rules, writes_sums=False)
+    assert len(fusion(graph, others).computed_in[gradient]) > 1
 
 
 def test_residual_sums_may_be_written_for_products_that_could_compute_them():

@@ -53,7 +53,7 @@ class FusionRules:
     (`cost.differences`). 0: none does."""
     writes_sums: bool = False
     """A sum of two floating-point tensors of the forward pass that several kernels read is written,
-    as a residual sum."""
+    as a residual sum, and so is the gradient of a concatenation."""
     writes_after_products: bool = False
     """A product computes the elementwise instructions that alone read its result, and writes what
     several kernels read of them."""
