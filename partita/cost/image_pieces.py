@@ -63,22 +63,29 @@ class _Divider:
         window = self._window_over_width(instruction, image)
         if window is None:
             return
-        columns = self.compiler.piece_columns(window, self.columns.get(image))
+        source = self._without_padding(image)
+        columns = self.compiler.piece_columns(window, self.columns.get(source))
         if columns is None:
             return
-        if image not in self.columns:
+        if source not in self.columns:
             self.read_columns[image] = columns * window.step // window.base
         self.columns[result] = columns
         self._add(i, window, columns)
 
     def divide_gradient(self, i: int, instruction: Instruction) -> None:
-        """Adds a weight gradient, if both of its images are divided, one of them as it comes."""
-        divided = self.read_columns | self.columns
-        pair = image, other = instruction.operands[:2]
+        """Adds a weight gradient, if both of its images are divided, one of them as it comes.
+
+        Of two images of one width, it divides the other one itself.
+        """
+        image, other = instruction.operands[:2]
         window = self._window_over_width(instruction, image)
-        is_divided = image in divided and other in divided
-        if window is not None and is_divided and not self.columns.keys().isdisjoint(pair):
-            self._add(i, window, -(-divided[image] * window.base // window.step))
+        if window is None:
+            return
+        other_is_divided = other in self.read_columns or other in self.columns
+        if image in self.columns and (other_is_divided or window.step == 1):
+            self._add(i, window, -(-self.columns[image] * window.base // window.step))
+        elif image in self.read_columns and other in self.columns:
+            self._add(i, window, self.columns[other])
 
     def _add(self, i: int, window: Window, columns: int) -> None:
         positions = columns * self.compiler.image_parts
@@ -97,12 +104,20 @@ class _Divider:
         if columns and None not in columns:
             self.columns[result] = max(count for count in columns if count is not None)
 
+    def _without_padding(self, image: int) -> int:
+        """The image that is padded for a convolution, which pads it itself."""
+        producer = self.producer.get(image)
+        if producer is None or self.graph.instructions[producer].name != "pad":
+            return image
+        return self.graph.instructions[producer].operands[0]
+
     def _is_generated(self, tensor: int) -> bool:
         producer = self.producer.get(tensor)
         return producer is not None and self.graph.instructions[producer].name in GENERATED
 
     def _window_over_width(self, instruction: Instruction, image: int) -> Window | None:
-        """The window over the dim that is divided, None if a device has enough samples."""
+        """The window over the dim that is divided or comes divided, None if a device has enough
+        samples."""
         dims = self.images.dims.get(image)
         rule = instruction.rule
         if dims is None or rule is None:
@@ -110,7 +125,11 @@ class _Divider:
         sharding = self.layout.shardings[image]
         shape = local_shape(self.graph.tensors[image].shape, sharding, self.mesh.sizes)
         width = max(d for d in range(len(shape)) if d not in dims)
-        if sharding[width] or self.compiler.image_pieces(shape, dims) == shape:
+        is_divided = (
+            self._without_padding(image) in self.columns
+            or self.compiler.image_pieces(shape, dims) != shape
+        )
+        if sharding[width] or not is_divided:
             return None
         factors = rule.operands[0][width]
         return next((window for factor, window in instruction.windows if factor in factors), None)

@@ -290,6 +290,10 @@ def test_a_tpu_divides_images_of_few_samples():
         (Window(32, 64, 1, 2, 3, 2), None, 10),
         (Window(32, 64, 1, 2, 3, 2), 5, 8),
         (Window(16, 32, 1, 2, 3, 2), None, None),
+        (Window(16, 32, 1, 2, 3, 2), 4, None),
+        (Window(8, 8, 1, 1, 3, 1), 1, 1),
+        (Window(8, 4, 2, 0, 1, 1), 1, 1),
+        (Window(4, 4, 1, 1, 3, 1), 1, None),
         (Window(8, 8, 1, 1, 3, 1), None, None),
     ],
 )
@@ -324,6 +328,32 @@ def test_convolutions_over_pieces_take_the_flops_of_libtpu():
     flops = [graph.instructions[i].flops * ratio for i, ratio in ratios.items()]
     assert flops == pytest.approx([2 * 2 * 94 * 8 * 5 * 3 * 64 * 64] * 5)
     assert not piece_ratios(graph, plan.mesh, layout_of(graph, plan), compiler_of(GPU.backend))
+
+
+def test_narrow_images_stay_in_the_pieces_in_which_they_come():
+    """A convolution of 1 x 1 with a stride of 2 over two images of 16 x 16, and one of 3 x 3 over
+    its result, with their gradients, as libtpu 0.0.42.1 computes them."""
+
+    def step(first, second, image):
+        def loss(first, second):
+            labels = ("NHWC", "HWIO", "NHWC")
+            x = jax.lax.conv_general_dilated(image, first, (2, 2), "SAME", dimension_numbers=labels)
+            x = jax.nn.relu(x)
+            x = jax.lax.conv_general_dilated(x, second, (1, 1), "SAME", dimension_numbers=labels)
+            return (jax.nn.relu(x) ** 2).sum()
+
+        gradients = jax.grad(loss, (0, 1))(first, second)
+        return first - gradients[0], second - gradients[1]
+
+    shapes = ((1, 1, 64, 64), (3, 3, 64, 64), (2, 16, 16, 64))
+    args = tuple(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes)
+    graph = capture_program(step, args=args, target="tpu").graph
+    tpu = load("tpu-v5e:4")
+    plan = BASELINES["one device"](graph, tpu.name, mesh_of(tpu))
+    ratios = piece_ratios(graph, plan.mesh, layout_of(graph, plan), compiler_of(tpu.backend))
+    convolutions = {i: x.flops for i, x in enumerate(graph.instructions) if x.name == "convolution"}
+    flops = sorted(flops * ratios.get(i, 1) for i, flops in convolutions.items())
+    assert flops == pytest.approx([1048576.0] * 2 + [8650752.0] * 3)
 
 
 @pytest.mark.parametrize(

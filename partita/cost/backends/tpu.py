@@ -260,7 +260,8 @@ class XlaTpu(XlaAccelerator):
         covered = (window.count - 1) * window.step + window.reach
         elements = -(-covered // window.base)
         halo = max(0, window.reach - window.step - window.base + 1)
-        is_small = window.size < (DILATED_PIECE if window.base > 1 else 2) * PIECES
+        least = (DILATED_PIECE if window.base > 1 else 2) * PIECES
+        is_small = (columns is None or window.base > 1) and window.size < least
         if is_small or halo > -(-elements // PIECES):
             return None
         positions = -(-window.count // PIECES)
