@@ -479,6 +479,21 @@ def test_a_tpu_converts_an_embedding_that_a_loop_multiplies_before_it_is_gathere
     assert 256 * 64 * 4 not in gathers
 
 
+def test_a_tpu_converts_an_image_that_a_convolution_reads_padded_before_it_is_gathered():
+    tpu = load("tpu-v5e:4")
+    image = keras.Input((64, 64, 3))
+    x = keras.layers.Conv2D(32, 3, padding="same", activation="relu")(image)
+    x = keras.layers.ZeroPadding2D(((0, 1), (0, 1)))(x)
+    x = keras.layers.Conv2D(64, 3, strides=2, activation="relu")(x)
+    model = keras.Model(image, keras.layers.Dense(8)(keras.layers.GlobalAveragePooling2D()(x)))
+    model.compile("sgd", "mse")
+    graph = capture_program(model, 8, target=tpu.target).graph
+    plan = BASELINES["spatial"](graph, tpu.name, mesh_of(tpu))
+    moves = collectives(graph, plan.mesh, layout_of(graph, plan), tpu.backend)
+    # As emitted by libtpu 0.0.42.1.
+    assert sum(move.nbytes for move in moves if move.kind == "all_gather") == 3147776
+
+
 def test_products_of_a_gpu_have_work_space(mlp):
     # As compiled for H100s: 32 MiB for a product of 128 x 384, none for a few elements.
     product, tiny = ProductShape(128, 384, 128), ProductShape(2, 4, 16)

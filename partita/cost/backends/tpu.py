@@ -98,6 +98,7 @@ SELECTING = {
     "gather",
     "dynamic_slice",
     "select",
+    "pad",
     "reverse",
 }
 """Instructions past which a conversion to bfloat16 moves."""
