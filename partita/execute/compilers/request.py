@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.extend.mlir import ir
 
+from partita.capture import stablehlo
 from partita.capture.jax_functions import Captured
+from partita.capture.names import location_name
 from partita.execute.annotate import annotate
 from partita.execute.compilers.base import CompileTarget
 from partita.execute.dispatch import PieceRole
@@ -136,7 +139,7 @@ def request_of(captured: Captured, plan: Plan, target: CompileTarget) -> Compile
     text = captured.text
     shardings = [_spec(sharding, plan.mesh) for sharding in leaf_shardings(captured, layout)]
     return CompileRequest(
-        program=annotate(text.mlir_module_serialized, graph, plan.mesh, layout),
+        program=_without_lines(annotate(text.mlir_module_serialized, graph, plan.mesh, layout)),
         inputs=tuple(_array(x) for x in text.in_avals),
         outputs=tuple(_array(x) for x in text.out_avals),
         kept=tuple(text.module_kept_var_idx),
@@ -154,7 +157,7 @@ def piece_request_of(step: StepInPieces, number: int, target: CompileTarget) -> 
     place = step.layouts[piece.place]
     text = step.text(number)
     return CompileRequest(
-        program=text.mlir_module_serialized,
+        program=_without_lines(text.mlir_module_serialized),
         inputs=tuple(_array(x) for x in text.in_avals),
         outputs=tuple(_array(x) for x in text.out_avals),
         kept=tuple(text.module_kept_var_idx),
@@ -191,6 +194,22 @@ def device_sums_request_of(
         target=target,
         piece=PieceRequest(None, 1.0, shardings, partial),
     )
+
+
+def _without_lines(source: bytes) -> bytes:
+    """A program whose instructions have the names of their layers, and no lines of files.
+
+    So the cache finds the program again after an edit elsewhere in the user's script.
+    """
+
+    def drop(operation: Any) -> ir.WalkResult:
+        operation.location = ir.Location.name(location_name(operation))
+        return ir.WalkResult.ADVANCE
+
+    with stablehlo.context():
+        module = stablehlo.parse(source)
+        module.operation.walk(drop)
+        return stablehlo.serialize(module)
 
 
 def _stored_as(step: StepInPieces, place: int, tensors: Sequence[int]) -> tuple[SpecText, ...]:

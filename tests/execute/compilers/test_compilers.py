@@ -338,6 +338,22 @@ def test_a_request_is_read_as_it_was_written(tmp_path):
     assert again.digest("1", "") == request.digest("1", "") != request.digest("2", "")
 
 
+def test_a_step_at_another_line_of_its_script_has_the_same_request():
+    machine = host(2, 4 << 30)
+    target = program_compiler(machine).target(machine)
+    shape = jax.ShapeDtypeStruct
+    programs = []
+    for lines_before, factor in [(1, 1), (30, 1), (1, 2)]:
+        scope = {}
+        text = "\n" * lines_before + f"def step(w, x):\n  return {{'loss': x[0]}}, w * {factor} + x"
+        exec(compile(text, "script.py", "exec"), scope)
+        arrays = shape((4,), "float32"), shape((4,), "float32")
+        step = capture_step(scope["step"], *arrays, [Leaf("w", "parameter")], batch_size=4)
+        plan = BASELINES["data parallel"](step.graph, machine.name, mesh_of(machine))
+        programs.append(request_of(step, plan, target).program)
+    assert programs[0] == programs[1] != programs[2]
+
+
 # ----------------------------------------------------------------------------------- planned again
 
 
