@@ -294,13 +294,14 @@ class Annotator:
         """
         for wait in waits(self.graph, self.layout):
             index, position = wait.reader
-            if not self._is_here(wait):
+            totals = self._sums_here(wait)
+            if not totals:
                 continue
             tensor = self.graph.instructions[index].operands[position]
             reader = self.operations[index]
             values = [reader.operands[position]]
             shardings = [self.layout.targets.get(wait.reader, self.layout.shardings[tensor])]
-            for total in wait.sums:
+            for total in totals:
                 if total not in sums:
                     # XLA drops a value that nothing but the barrier reads.
                     sums[total] = self._pinned(self.values[total[0]], self.text(total[1]))
@@ -309,14 +310,18 @@ class Annotator:
             behind = self._barrier(values, shardings, reader)
             reader.operands[position] = behind.results[0]
 
-    def _is_here(self, wait: Wait) -> bool:
-        """Whether a product and the sums for which it waits are in the same program."""
+    def _sums_here(self, wait: Wait) -> tuple[tuple[int, Sharding], ...]:
+        """The sums for which a product waits that are in the program of the product."""
         if self.is_whole:
-            return True
+            return wait.sums
+        if wait.reader[0] not in self.instructions:
+            return ()
         made_by = producers(self.graph)
-        summed = {total[0] for total in wait.sums}
-        needed = {wait.reader[0], *(made_by[tensor] for tensor in summed)}
-        return needed.issubset(self.instructions) and summed.isdisjoint(self.pending.axes)
+        return tuple(
+            total
+            for total in wait.sums
+            if made_by[total[0]] in self.instructions and total[0] not in self.pending.axes
+        )
 
     def _source(self, read: Read) -> Source:
         """The value that a read reshards. In a piece, it waits for gradients of the piece alone."""

@@ -401,6 +401,21 @@ def test_products_of_a_piece_wait_for_sums_of_slices(monkeypatch: pytest.MonkeyP
     assert waiting["ZeRO-3"] > 3
 
 
+def test_a_product_of_a_piece_waits_for_a_sum_beside_one_of_the_update(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Gradients of normalizations are summed after all microbatches, those of kernels before."""
+    kernels_of_a_group = 2 * 8 * 64
+    monkeypatch.setattr(early_sums, "COMBINED_BYTES", kernels_of_a_group)
+    monkeypatch.setattr(early_sums, "WAITING_PRODUCTS", 0)
+    model = residual(dtype="mixed_bfloat16")
+    captured = capture_model(model, batch(model), CaptureTarget.of("cuda"))
+    plan = replace(rematerialized_blocks(captured.graph, "ZeRO-3", "norm"), recompute=())
+    barriers = operations_of_backward_piece(in_pieces(captured, plan), BARRIER)
+    sums = [kind for one in barriers for kind in list(one.operands)[1:]]
+    assert sums.count("tensor<64x8xbf16>") == 3
+
+
 def test_the_memory_of_a_piece_knows_the_sums_that_its_products_wait_for(
     monkeypatch: pytest.MonkeyPatch,
 ):
