@@ -181,14 +181,15 @@ def early_sums(graph: OperatorGraph, layout: Layout, mesh: Mesh) -> dict[int, Ea
     sums = {}
     for end, combined in groups.items():
         times = products[: bisect_right(products, end)]
-        computed = summed = end
+        summed = end
         for group in reversed(combined):
+            if len(times) > 1:
+                times.pop()
+            computed = times[-1]
             for tensor in group.tensors:
                 source = producer[tensor]
                 sums[tensor] = EarlySum(max(source, computed), max(source, summed))
-            if len(times) > 1:
-                times.pop()
-                computed, summed = times[-1], computed
+            summed = computed
     return sums
 
 
