@@ -19,7 +19,7 @@ from typing import Any
 from jax.extend.mlir import ir
 
 from partita.capture.siblings import mark, replace_siblings, sibling_groups
-from partita.capture.stablehlo import copy_operations, inner_blocks, main_block, walk
+from partita.capture.stablehlo import copy_operations, inner_blocks, main_block, walk, zeros
 
 CONDITIONALS = ("stablehlo.case", "stablehlo.if")
 
@@ -56,7 +56,7 @@ def _split(operation: Any, group: int) -> None:
                 if other == number:
                     branch.copy_into(target, [value])
                 else:
-                    _yield(target, [_zero(target, value.type)])
+                    _yield(target, [zeros(value.type, ir.InsertionPoint(target))])
             branch.sums[value] = sibling.results[0]
             siblings.append(sibling)
     for positions in components:
@@ -220,25 +220,6 @@ def _conditional(like: Any, types: Sequence[Any]) -> Any:
 
 def _yield(target: ir.Block, values: Sequence[Any]) -> None:
     ir.Operation.create("stablehlo.return", operands=list(values), ip=ir.InsertionPoint(target))
-
-
-def _zero(target: ir.Block, kind: Any) -> Any:
-    """A zero of a scalar type."""
-    element = str(kind.element_type)
-    zero = "0"
-    if element.startswith("complex"):
-        zero = "(0.0, 0.0)"
-    elif element.startswith(("f", "bf")):
-        zero = "0.0"
-    elif element == "i1":
-        zero = "false"
-    constant = ir.Operation.create(
-        "stablehlo.constant",
-        results=[kind],
-        attributes={"value": ir.Attribute.parse(f"dense<{zero}> : {kind}")},
-        ip=ir.InsertionPoint(target),
-    )
-    return constant.results[0]
 
 
 def _joined(siblings: Sequence[Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.extend.mlir import ir
 
-from partita.capture.stablehlo import main_block, walk
+from partita.capture.stablehlo import main_block, walk, zeros
 
 COLLECTIVES = (
     "stablehlo.all_gather",
@@ -43,14 +43,6 @@ def drop_collectives(module: ir.Module) -> None:
 
 def _zeros(like: Any) -> Any:
     """Zeros of the type of an operation's result, in front of it."""
-    kind = like.results[0].type
-    element = str(ir.RankedTensorType(kind).element_type)
-    zero = "(0.0, 0.0)" if "complex" in element else "0.0" if "f" in element else "0"
-    value = f"dense<{zero}> : {kind}"
-    # MLIR's Python cannot hold the value of a complex constant.
-    constant = ir.Operation.parse(
-        f'%0 = "stablehlo.constant"() <{{value = {value}}}> : () -> {kind}'
-    )
-    constant.location = like.location
-    ir.InsertionPoint(like).insert(constant)
-    return constant.results[0]
+    value = zeros(like.results[0].type, ir.InsertionPoint(like))
+    value.owner.location = like.location
+    return value

@@ -72,6 +72,25 @@ def serialize(module: ir.Module) -> bytes:
     return buffer.getvalue()
 
 
+def zeros(kind: Any, point: ir.InsertionPoint) -> Any:
+    """Zeros of a tensor type, as a constant at a point of a module."""
+    element = str(ir.RankedTensorType(kind).element_type)
+    zero = "0"
+    if element.startswith("complex"):
+        zero = "(0.0, 0.0)"
+    elif element.startswith(("f", "bf")):
+        zero = "0.0"
+    elif element == "i1":
+        zero = "false"
+    # MLIR's Python cannot hold the value of a complex constant.
+    value = f"dense<{zero}> : {kind}"
+    constant = ir.Operation.parse(
+        f'%0 = "stablehlo.constant"() <{{value = {value}}}> : () -> {kind}'
+    )
+    point.insert(constant)
+    return constant.results[0]
+
+
 def run(module: ir.Module, pipeline: str) -> None:
     """Runs MLIR passes on a module."""
     passmanager.PassManager.parse(pipeline).run(module.operation)
