@@ -285,11 +285,8 @@ class OperatorDims:
         if instruction.name in EDGE_KERNELS:
             self.graph_parts += atoms
             self.atoms.tie(self.graph_parts[:1], atoms)
-        # Only a window exchanges a halo. Slicing, padding or reversing a split dim moves nearly all
-        # of it, so it is gathered.
         windowed = {factor for factor, _ in instruction.windows}
-        unsplit = set(rule.gathered) | (set(rule.halo) - windowed)
-        unsplit |= self._unsplit_windows(instruction, windowed)
+        unsplit = instruction.whole_factors | self._unsplit_windows(instruction, windowed)
         iteration = _Iteration(
             rule,
             atoms,
@@ -445,7 +442,8 @@ class OperatorDims:
                 is_value = (other in self.results) != is_result
                 same_shape = self._shape(other) == self._shape(tensor)
                 if is_value and same_shape and self._agree(dims, target, tied):
-                    self._tie_others(dims, target, windows)
+                    split = [d if windows.isdisjoint(self._roots([d])) else () for d in dims]
+                    self._tie_all(split, target)
                     break
 
     def _agree(self, dims: Dims, target: Dims, tied: set[int]) -> bool:
@@ -455,13 +453,6 @@ class OperatorDims:
             if not tied.isdisjoint(atoms) and atoms != self.atoms.resolve(target_dim):
                 return False
         return True
-
-    def _tie_others(self, dims: Dims, target: Dims, excluded: set[int]) -> None:
-        """Ties dims without an excluded atom."""
-        for dim, target_dim in zip(dims, target, strict=True):
-            roots = self._roots([dim])
-            if roots and target_dim and excluded.isdisjoint(roots):
-                self.atoms.tie(dim, target_dim)
 
     def _split_tensors(self) -> Iterator[tuple[int, Dims]]:
         """Every tensor of the operator that is no constant, with its dims, in order."""

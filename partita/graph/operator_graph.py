@@ -221,6 +221,18 @@ class Instruction:
     GPU runs it in TF32 and a TPU in bfloat16."""
 
     @property
+    def whole_factors(self) -> set[int]:
+        """The factors of the rule that are gathered rather than split.
+
+        Only a window exchanges a halo. Slicing, padding or reversing a split dim moves nearly all
+        of it.
+        """
+        if self.rule is None:
+            return set()
+        windowed = {factor for factor, _ in self.windows}
+        return set(self.rule.gathered) | (set(self.rule.halo) - windowed)
+
+    @property
     def is_grouped(self) -> bool:
         """Whether it is a convolution with groups: some factor of a size above 1 indexes its input,
         kernel and result."""

@@ -111,8 +111,7 @@ def _factors_by_rule(instruction: Instruction, position: int, label: Label) -> d
     mapping = rule.operands[position]
     if len(mapping) != len(label):
         return {}
-    windowed = {factor for factor, _ in instruction.windows}
-    whole = set(rule.gathered) | (set(rule.halo) - windowed)
+    whole = instruction.whole_factors
     return {
         factors[0]: factor
         for factors, factor in zip(mapping, label, strict=True)
