@@ -42,7 +42,7 @@ from itertools import chain
 
 from partita.cost.early_sums import EarlySum, early_sums
 from partita.cost.fusion import Fusion, kernel_reads
-from partita.cost.gathered import is_gathered, is_moved
+from partita.cost.gathered import gathered_reads, is_moved
 from partita.cost.joined import computed_together, computes_rows, joined_kernels, light_reads
 from partita.cost.laid_out_fusion import collective_borders
 from partita.cost.partial import summed_factors, sums_over_devices
@@ -216,7 +216,7 @@ def delayed_reductions(
     if not late:
         return {}
     source = producers(graph)
-    gathered = {r for read in layout.reads if is_gathered(layout, read) for r in read.readers}
+    gathered = gathered_reads(layout)
     _, ends = collective_borders(graph, layout)
     apart = {*late, *ends}
     together = {

@@ -13,37 +13,42 @@ product computed. A product reads a copy in its own order. So:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence, Set
 
+from partita.cost.collectives import local_bytes
 from partita.cost.differences import BANDWIDTH, LAUNCH_SECONDS
 from partita.cost.fusion import ALONE, STORED, Fusion, Kernel, kernel_reads, reads
+from partita.graph.flat import Reader
 from partita.graph.operator_graph import ITEMSIZE, OperatorGraph, producers
-from partita.plans.layout import Layout, Read, local_shape
+from partita.plans.layout import Layout, Read, Sharding
 from partita.plans.plan import Mesh
 
 
 def is_gathered(layout: Layout, read: Read) -> bool:
     """Whether a read gathers dims, none of them the first."""
-    gathers = _gathers(layout, read)
+    gathers = gathered_dims(layout.shardings[read.tensor], read.target)
     return any(gathers) and not gathers[0]
 
 
 def is_moved(layout: Layout, read: Read) -> bool:
     """Whether devices read parts of a tensor that others have."""
-    return any(_gathers(layout, read))
+    return any(gathered_dims(layout.shardings[read.tensor], read.target))
 
 
-def _gathers(layout: Layout, read: Read) -> list[bool]:
-    """Per dim, whether a device reads parts that others have."""
-    own = layout.shardings[read.tensor]
-    return [axes != wide[: len(axes)] for axes, wide in zip(own, read.target, strict=True)]
+def gathered_dims(own: Sharding, target: Sharding) -> list[bool]:
+    """Per dim, whether a device that has `own` and reads `target` reads parts that others have."""
+    return [axes != wide[: len(axes)] for axes, wide in zip(own, target, strict=True)]
+
+
+def gathered_reads(layout: Layout) -> set[Reader]:
+    """The reads of gathered tensors: instruction, operand position."""
+    return {r for read in layout.reads if is_gathered(layout, read) for r in read.readers}
 
 
 def kernels_of_gathers(layout: Layout, fused: Fusion) -> set[int]:
     """Roots of the kernels that read a gathered tensor."""
-    gathered = {r for read in layout.reads if is_gathered(layout, read) for r in read.readers}
-    return {root for reader, _ in gathered if reader >= 0 for root in fused.computed_in[reader]}
+    readers = {reader for reader, _ in gathered_reads(layout) if reader >= 0}
+    return {root for reader in readers for root in fused.computed_in[reader]}
 
 
 def with_gathered_sums(
@@ -51,12 +56,14 @@ def with_gathered_sums(
 ) -> tuple[Fusion, set[Kernel]]:
     """(all kernels, those that sums compute as well): elementwise ones of a gathered gradient."""
     gathered = {read.tensor for read in layout.reads if is_gathered(layout, read)}
+    if not gathered:
+        return fused, set()
     kernels = dict(fused.kernels)
     computed_in = [set(roots) for roots in fused.computed_in]
     computed_again: set[Kernel] = set()
     producer = producers(graph)
     for root, read in kernel_reads(graph, fused).items():
-        if not gathered or graph.instructions[root].name != "reduce":
+        if graph.instructions[root].name != "reduce":
             continue
         for tensor, readers in read.items():
             source = producer.get(tensor, -1)
@@ -107,8 +114,8 @@ def _part(graph: OperatorGraph, kernel: Kernel, last: int) -> Kernel:
 def _local_bytes(graph: OperatorGraph, layout: Layout, mesh: Mesh, tensor: int) -> int:
     """Bytes of a device's shard."""
     value = graph.tensors[tensor]
-    shape = local_shape(value.shape, layout.shardings[tensor], mesh.sizes)
-    return math.prod(shape) * ITEMSIZE.get(value.dtype, 4)
+    itemsize = ITEMSIZE.get(value.dtype, 4)
+    return local_bytes(value.shape, itemsize, layout.shardings[tensor], mesh.sizes)
 
 
 def _keeps_order(

@@ -28,6 +28,7 @@ from partita.cost.fusion import (
     kernel_reads,
     unwritten_products,
 )
+from partita.cost.gathered import gathered_dims
 from partita.cost.joined import MOVING, joined_ends
 from partita.cost.laid_out_fusion import collective_borders, fused_under
 from partita.cost.partial import (
@@ -46,7 +47,7 @@ from partita.graph.operator_graph import (
     producers,
 )
 from partita.machine import Backend
-from partita.plans.layout import Layout, Sharding
+from partita.plans.layout import Layout
 from partita.plans.plan import Mesh
 
 
@@ -339,7 +340,7 @@ def _sliced(
             own = layout.shardings[tensor]
             targets = {layout.targets[reader] for reader in readers if reader in layout.targets}
             is_whole = any(reader not in layout.targets for reader in readers)
-            if is_whole or not all(_is_part(own, target) for target in targets):
+            if is_whole or any(any(gathered_dims(own, target)) for target in targets):
                 read_whole.add(tensor)
                 continue
             time = delayed[root].time if root in delayed else root
@@ -354,11 +355,6 @@ def _sliced(
         and producer[tensor] not in ends
         and graph.instructions[producer[tensor]].name not in ALONE | {"reduce"}
     }
-
-
-def _is_part(own: Sharding, target: Sharding) -> bool:
-    """Whether a shard of one sharding contains the device's shard of another."""
-    return all(axes == wider[: len(axes)] for axes, wider in zip(own, target, strict=True))
 
 
 def _computed_in_products(graph: OperatorGraph, layout: Layout, fused: Fusion) -> frozenset[int]:
