@@ -186,6 +186,12 @@ def test_differences_from_means_may_be_computed_by_every_reader():
     assert centred not in fusion(graph, gpu).kernels
 
 
+def kernel_counts(graph, name, rules):
+    """The number of kernels that compute each instruction of a name."""
+    computed_in = fusion(graph, rules).computed_in
+    return [len(computed_in[i]) for i, x in enumerate(graph.instructions) if x.name == name]
+
+
 def test_reductions_of_a_tpu_compute_values_that_read_no_more():
     def step(w, x, y):
         z = x @ w
@@ -199,15 +205,10 @@ def test_reductions_of_a_tpu_compute_values_that_read_no_more():
 
     square = jax.ShapeDtypeStruct((64, 64), "float32")
     graph = capture_program(step, args=(square, square, square)).graph
-    tanhs = [i for i, x in enumerate(graph.instructions) if x.name == "tanh"]
     rules = compiler_of(load("tpu-v5e:4").backend).fusion_rules
 
-    def kernels(rules):
-        computed_in = fusion(graph, rules).computed_in
-        return [len(computed_in[i]) for i in tanhs]
-
-    assert kernels(rules) == [2, 1, 1]
-    assert kernels(replace(rules, recomputes_summed=False)) == [1, 1, 1]
+    assert kernel_counts(graph, "tanh", rules) == [2, 1, 1]
+    assert kernel_counts(graph, "tanh", replace(rules, recomputes_summed=False)) == [1, 1, 1]
 
 
 def test_every_reader_on_a_tpu_computes_a_chain_over_one_value():
@@ -221,15 +222,10 @@ def test_every_reader_on_a_tpu_computes_a_chain_over_one_value():
 
     square = jax.ShapeDtypeStruct((64, 64), "float32")
     graph = capture_program(step, args=(square, square, square)).graph
-    multiplied = [i for i, x in enumerate(graph.instructions) if x.name == "multiply"]
     rules = compiler_of(load("tpu-v5e:4").backend).fusion_rules
 
-    def kernels(rules):
-        computed_in = fusion(graph, rules).computed_in
-        return [len(computed_in[i]) for i in multiplied]
-
-    assert kernels(rules) == [2, 1]
-    assert kernels(replace(rules, recomputes_summed=False)) == [1, 1]
+    assert kernel_counts(graph, "multiply", rules) == [2, 1]
+    assert kernel_counts(graph, "multiply", replace(rules, recomputes_summed=False)) == [1, 1]
 
 
 def test_the_gradient_of_a_concatenation_is_written_on_a_tpu():
