@@ -12,8 +12,7 @@ import sys
 import threading
 from typing import Any
 
-INTERRUPTED = 130
-"""Exit code of an interrupted command."""
+from partita.errors import INTERRUPTED
 
 
 def main() -> None:

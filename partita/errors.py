@@ -3,6 +3,9 @@
 A message states the problem, then the fix. Our own mistakes are assertions instead.
 """
 
+INTERRUPTED = 130
+"""Exit code of a command, a script or a process that Ctrl-C has ended."""
+
 
 class PartitaError(Exception):
     """Base of all exceptions that Partita raises for mistakes of the user."""

@@ -21,7 +21,7 @@ from functools import partial
 from typing import IO, Any
 
 from partita.cli.survivors import Survivors, is_killed
-from partita.errors import LostProcessError, PartitaError
+from partita.errors import INTERRUPTED, LostProcessError, PartitaError
 from partita.execute.board import Board
 
 GRACE = 5.0
@@ -31,8 +31,6 @@ POLL = 0.05
 """Time between two looks at the processes, seconds."""
 SURVIVAL_POLL = 0.03
 """The same, while others wait to hear who is lost, seconds."""
-INTERRUPTED = 130
-"""Exit code of a process that Ctrl-C has ended."""
 STOPPED = 15.0
 """Time after which a process that a signal has suspended counts as lost, seconds."""
 SHOWN_LINES = 20

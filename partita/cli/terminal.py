@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from partita.errors import LostProcessError, PartitaError, ProcessError
+from partita.errors import INTERRUPTED, LostProcessError, PartitaError, ProcessError
 from partita.search.base import Progress
 from partita.units import format_seconds
 
@@ -82,7 +82,7 @@ def errors() -> Iterator[None]:
         leave(2)
     except KeyboardInterrupt:
         err.print("stopped.")
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     except (RuntimeError, AssertionError, ValueError) as error:
         sentence = _failed_import_of_jax(error) or _absent_platform()
         if not sentence:

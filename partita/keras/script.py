@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partita.errors import CaptureError, PartitaError
+from partita.errors import INTERRUPTED, CaptureError, PartitaError
 from partita.keras_backend import note_backend, select_jax
 from partita.units import format_seconds
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from partita.plans.plan import Plan
 
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
-INTERRUPTED = 130
-"""Exit code of a script that Ctrl-C has ended."""
 NOTEBOOK = ".ipynb"
 """Ending of the names of notebooks."""
 TENSORFLOW_OPERATIONS = (
